@@ -1,0 +1,30 @@
+"""Documents to shards to batches: tokenization, packing, shards, and mixtures whose weights change while they run.
+
+Importing this package imports torch and numpy only; tokenizers, Streaming and OmegaConf are imported where used.
+"""
+
+from cheapertraining.data.collate import Batch, collate
+from cheapertraining.data.loader import get_loader
+from cheapertraining.data.mixing import MixedDataset, MixtureLoader, MixtureSampler, SourceCounts
+from cheapertraining.data.packing import pack
+from cheapertraining.data.plan import Exhausted, MixturePlan
+from cheapertraining.data.shards import ShardMeta, read_meta, write_split
+from cheapertraining.data.tokenization import TokenizerWrapper, train_bpe
+
+__all__ = [
+    "Batch",
+    "Exhausted",
+    "MixedDataset",
+    "MixtureLoader",
+    "MixturePlan",
+    "MixtureSampler",
+    "ShardMeta",
+    "SourceCounts",
+    "TokenizerWrapper",
+    "collate",
+    "get_loader",
+    "pack",
+    "read_meta",
+    "train_bpe",
+    "write_split",
+]
