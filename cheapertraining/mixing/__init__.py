@@ -1,0 +1,46 @@
+"""Signals to weights: strategies wish, constraints project, the controller decides when.
+
+``OnlineMixing`` is imported when it is first asked for, since it brings Composer with it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from cheapertraining.mixing.constraints import Constraints
+from cheapertraining.mixing.controller import Decision, Mixture, MixtureController
+from cheapertraining.mixing.signals import INFLUENCE, LOSSES, Signals, SourceInfo, Strategy
+from cheapertraining.mixing.strategies import (
+    InfluenceStrategy,
+    ProportionalStrategy,
+    ScheduleStrategy,
+    StaticStrategy,
+    UniMaxStrategy,
+)
+
+if TYPE_CHECKING:
+    from cheapertraining.mixing.algorithm import OnlineMixing
+
+__all__ = [
+    "INFLUENCE",
+    "LOSSES",
+    "Constraints",
+    "Decision",
+    "InfluenceStrategy",
+    "Mixture",
+    "MixtureController",
+    "OnlineMixing",
+    "ProportionalStrategy",
+    "ScheduleStrategy",
+    "Signals",
+    "SourceInfo",
+    "StaticStrategy",
+    "Strategy",
+    "UniMaxStrategy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "OnlineMixing":
+        from cheapertraining.mixing.algorithm import OnlineMixing
+
+        return OnlineMixing
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

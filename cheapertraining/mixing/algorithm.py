@@ -1,0 +1,293 @@
+"""The controller inside a Composer trainer.
+
+Add `OnlineMixing(controller, estimator)` to the trainer's `algorithms`. After each microbatch's loss it adds
+up the loss of each source; at the end of each batch the sums are reduced over the ranks; at the end of each
+interval it measures, decides and changes the mixture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import Algorithm, Event, Precision, State
+from composer.core.precision import get_precision_context
+from composer.loggers import Logger
+from composer.utils import dist
+
+from cheapertraining.errors import UserError
+from cheapertraining.influence.scorers import SourceInfluence
+from cheapertraining.influence.scorers.forward import LookAheadEstimator
+from cheapertraining.mixing.controller import Decision, MixtureController
+
+__all__ = ["OnlineMixing"]
+
+# Ranks compute the same numbers, but not always on the same hardware.
+_AGREEMENT = 1e-6
+
+
+class OnlineMixing(Algorithm):
+    """Changes the mixture while it trains.
+
+    The model's ``loss`` must leave ``sample_loss_sum`` float ``[B]`` and ``sample_tokens`` int64 ``[B]`` in
+    its outputs, and batches must carry ``source`` int64 ``[B]``.
+
+    Metrics, every ``log_interval`` batches and at each decision, for each source: ``mixture/weight/<s>``
+    (newest), ``mixture/sampled/<s>`` (of the batch just trained on), ``mixture/tokens/<s>``,
+    ``mixture/epochs/<s>``, ``loss/train/<s>`` (mean since the last such log). At each decision also
+    ``mixture/overhead``, the share of step time that all of this has taken since training (re)started; and
+    where influence was measured ``mixture/score/<probe>/<s>``, ``mixture/score_se/<probe>/<s>``,
+    ``mixture/probe_loss/<probe>``.
+
+    Composer saves the state of rank 0 alone, so everything in it is the same on all ranks.
+
+    Args:
+        controller: decides.
+        estimator: measures; needed where the controller's strategy needs influence.
+        ledger_path: file that rank 0 appends each decision to, as one JSON object a line. On resuming,
+            decisions made after the checkpoint are dropped from it, since they are made again. None: no file.
+        log_interval: batches between logs of the mixture.
+
+    Raises:
+        UserError: the strategy needs influence and there is no estimator.
+    """
+
+    def __init__(
+        self,
+        controller: MixtureController,
+        estimator: LookAheadEstimator | None = None,
+        *,
+        ledger_path: str | Path | None = None,
+        log_interval: int = 10,
+    ) -> None:
+        if controller.needs_influence and estimator is None:
+            raise UserError(
+                f"algorithms.online_mixing.strategy: '{controller.strategy.name}' measures influence on "
+                "probes, but there is no probe. Add one under data.probes, or use another strategy."
+            )
+        self.controller = controller
+        self.estimator = estimator
+        self.ledger_path = None if ledger_path is None else Path(ledger_path)
+        self.log_interval = log_interval
+        self._logged = controller.totals
+        # float64 [2, K], losses and tokens by source: of the batch at hand (this rank), and not yet recorded
+        # (all ranks).
+        self._batch_sums: torch.Tensor | None = None
+        self._pending: torch.Tensor | None = None
+        self._mixing_seconds = 0.0
+        self._step_seconds = 0.0
+        self._step_started: float | None = None
+
+    @staticmethod
+    def required_on_load() -> bool:
+        """The mixture's course is part of a run."""
+        return True
+
+    def match(self, event: Event, state: State) -> bool:
+        return event in (
+            Event.FIT_START,
+            Event.BATCH_START,
+            Event.BEFORE_TRAIN_BATCH,
+            Event.AFTER_LOSS,
+            Event.BATCH_END,
+        )
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        if event == Event.FIT_START:
+            self._begin(int(state.timestamp.batch))
+        elif event == Event.BATCH_START:
+            self._step_started = time.perf_counter()
+        elif event == Event.BEFORE_TRAIN_BATCH:
+            self._batch_sums = None  # A batch is tried again with smaller microbatches when memory ran out.
+        elif event == Event.AFTER_LOSS:
+            self._add_microbatch(state.batch, state.outputs)
+        else:
+            self._end_batch(state, logger)
+
+    def state_dict(self) -> dict[str, Any]:
+        self._flush()
+        return {
+            **super().state_dict(),
+            "controller": self.controller.state_dict(),
+            "estimator": None if self.estimator is None else self.estimator.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = False) -> None:
+        """Continue as :meth:`state_dict` left off.
+
+        Raises:
+            UserError: the state is of other sources.
+        """
+        self.controller.load_state_dict(state["controller"])
+        if self.estimator is not None and state["estimator"] is not None:
+            self.estimator.load_state_dict(state["estimator"])
+        self._pending = None
+        self._logged = self.controller.totals
+
+    def _begin(self, batch: int) -> None:
+        if self.ledger_path is not None and dist.get_global_rank() == 0:
+            _drop_later(self.ledger_path, batch)
+        if batch == 0 and (decision := self.controller.start()) is not None:
+            self._write(decision)
+
+    def _add_microbatch(self, batch: Any, outputs: Any) -> None:
+        try:
+            sums, tokens, source = outputs["sample_loss_sum"], outputs["sample_tokens"], batch["source"]
+        except (KeyError, TypeError, IndexError) as error:
+            raise UserError(
+                "online_mixing: expected 'sample_loss_sum' and 'sample_tokens' in the model's outputs and "
+                f"'source' in the batch, found no {error}. Use models from cheapertraining.models and "
+                "loaders from cheapertraining.data."
+            ) from error
+        count = len(self.controller.source_names)
+        # A sum over a one-hot matrix, since scatter-adds on a GPU differ in the last bits from run to run.
+        one_hot = (source[None, :] == torch.arange(count, device=source.device)[:, None]).to(
+            sums.device, torch.float64
+        )
+        both = torch.stack([sums, tokens.to(sums.device)]).detach().double()
+        added = (both[:, None, :] * one_hot[None]).sum(dim=2)
+        self._batch_sums = added if self._batch_sums is None else self._batch_sums + added
+
+    def _end_batch(self, state: State, logger: Logger) -> None:
+        batch = int(state.timestamp.batch)
+        due = self.controller.due(batch)
+        if due and torch.cuda.is_available():
+            torch.cuda.synchronize()  # Or the step's own kernels would count as ours.
+        started = time.perf_counter()
+        if self._batch_sums is not None:
+            dist.all_reduce(self._batch_sums)
+            self._pending = self._batch_sums if self._pending is None else self._pending + self._batch_sums
+            self._batch_sums = None
+        metrics: dict[str, float] = {}
+        if due:
+            metrics |= self._decide(state, batch)
+        if due or batch % self.log_interval == 0:
+            metrics |= self._course(batch)
+        now = time.perf_counter()
+        self._mixing_seconds += now - started
+        self._step_seconds += now - (started if self._step_started is None else self._step_started)
+        if due:
+            metrics["mixture/overhead"] = self._mixing_seconds / max(self._step_seconds, 1e-9)
+        if metrics:
+            logger.log_metrics(metrics)
+
+    def _decide(self, state: State, batch: int) -> dict[str, float]:
+        self._flush()
+        measured = self._measure(state) if self.controller.needs_influence else None
+        weights = self._agreed(self.controller.propose(batch, measured), state)
+        learning_rate = float(state.optimizers[0].param_groups[0]["lr"])
+        decision = self.controller.commit(batch, weights, measured, learning_rate)
+        self._write(decision)
+        return {} if measured is None else _influence_metrics(measured)
+
+    def _measure(self, state: State) -> SourceInfluence:
+        assert self.estimator is not None
+        size = state.device_train_microbatch_size
+        # Probe gradients may be as coarse as training's; the perturbed passes switch autocast off themselves.
+        # In float16 a gradient without loss scaling underflows.
+        coarse = state.precision == Precision.AMP_BF16
+        context = (
+            get_precision_context(state.precision, state.precision_config)
+            if coarse
+            else contextlib.nullcontext()
+        )
+        with context:
+            return self.estimator.measure(
+                state.model,
+                state.optimizers[0],
+                update_index=self.controller.measurements,
+                microbatch_size=size if isinstance(size, int) else None,
+            )
+
+    def _agreed(self, weights: dict[str, float] | None, state: State) -> dict[str, float] | None:
+        """Return rank 0's weights on every rank, after making sure that the others came to the same."""
+        if dist.get_world_size() == 1:
+            return weights
+        names = self.controller.source_names
+        mine = [1.0, *(weights[name] for name in names)] if weights is not None else [0.0] * (len(names) + 1)
+        ours = state.device.tensor_to_device(torch.tensor(mine, dtype=torch.float64))
+        first = ours.clone()
+        dist.broadcast(first, src=0)
+        apart = (first - ours).abs().max()
+        dist.all_reduce(apart, reduce_operation="MAX")
+        if not float(apart) <= _AGREEMENT:
+            raise RuntimeError(
+                f"online_mixing: ranks disagree on the new weights by up to {float(apart):.3g}, so they saw "
+                "different signals: the batches of one rank would no longer fit those of another."
+            )
+        decided, *values = first.tolist()
+        return dict(zip(names, values, strict=True)) if decided else None
+
+    def _course(self, batch: int) -> dict[str, float]:
+        """Weights, counts and losses by source."""
+        self._flush()
+        controller, mixture = self.controller, self.controller.mixture
+        newest, sampled, counts = (
+            mixture.get_current_weights(),
+            mixture.weights_at(batch - 1),
+            mixture.counts(),
+        )
+        losses = controller.totals.mean_since(self._logged)
+        self._logged = controller.totals
+        metrics: dict[str, float] = {}
+        for k, name in enumerate(controller.source_names):
+            metrics[f"mixture/weight/{name}"] = newest[name]
+            metrics[f"mixture/sampled/{name}"] = sampled[name]
+            metrics[f"mixture/tokens/{name}"] = float(counts.tokens[k])
+            metrics[f"mixture/epochs/{name}"] = float(counts.epochs[k])
+            if losses[k] == losses[k]:  # NaN: the source did not come.
+                metrics[f"loss/train/{name}"] = float(losses[k])
+        return metrics
+
+    def _flush(self) -> None:
+        """Hand what is pending to the controller. Till then it stays on the device: no step waits for it."""
+        if self._pending is not None:
+            losses, tokens = self._pending.cpu().numpy()
+            self.controller.record(losses, tokens)
+            self._pending = None
+
+    def _write(self, decision: Decision) -> None:
+        if self.ledger_path is None or dist.get_global_rank() != 0:
+            return
+        self.ledger_path.parent.mkdir(parents=True, exist_ok=True)
+        entry = decision.to_dict()
+        del entry["realized"]  # Known at the next decision only, which carries it.
+        history = self.controller.history
+        entry["realized_since_last"] = history[-2].realized if len(history) > 1 else None
+        with self.ledger_path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def _influence_metrics(measured: SourceInfluence) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for row, direction in enumerate(measured.directions):
+        for k, source in enumerate(measured.sources):
+            metrics[f"mixture/score/{direction}/{source}"] = float(measured.scores[row, k])
+            metrics[f"mixture/score_se/{direction}/{source}"] = float(measured.errors[row, k])
+    for probe, loss in zip(measured.probes, measured.probe_losses, strict=True):
+        metrics[f"mixture/probe_loss/{probe}"] = float(loss)
+    return metrics
+
+
+def _drop_later(path: Path, batch: int) -> None:
+    """Keep the decisions up to ``batch`` (a checkpoint is saved after the batch's decision); at 0, none."""
+    if not path.exists():
+        return
+    kept = [] if batch == 0 else [line for line, made in _entries(path) if made <= batch]
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text("".join(kept))
+    os.replace(scratch, path)
+
+
+def _entries(path: Path) -> Iterator[tuple[str, int]]:
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            yield line, int(json.loads(line)["batch"])
+        except (ValueError, KeyError, TypeError):
+            continue  # The line that was being written when the process was killed.

@@ -1,0 +1,421 @@
+"""When to measure, what to ask, when to act: the mixture's control loop, without a trainer.
+
+    controller = MixtureController(mixture, strategy, constraints, interval=20, warmup=20, horizon_tokens=...)
+    controller.start()
+    for batch, … in enumerate(loop, start=1):          # batches trained so far
+        controller.record(loss_sums, tokens)           # by source, summed over all ranks
+        if controller.due(batch):
+            measurement = estimator.measure(…, update_index=controller.measurements) if
+            controller.needs_influence else None controller.step(batch, measurement)
+
+Everything here is arithmetic on numbers that are the same on all ranks, so all ranks decide the same; a
+caller that wants certainty sends rank 0's ``propose`` to the others before ``commit``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cheapertraining.data.plan import Exhausted
+from cheapertraining.errors import UserError
+from cheapertraining.influence.scorers import SourceInfluence
+from cheapertraining.mixing.constraints import Constraints, repetition_caps
+from cheapertraining.mixing.signals import INFLUENCE, Array, Signals, SourceInfo, Strategy
+
+__all__ = ["Decision", "Mixture", "MixtureController", "Totals"]
+
+log = logging.getLogger(__name__)
+
+Weights = dict[str, float]
+
+_STATE_VERSION = 1
+# Decisions kept in a checkpoint; the mixture's own ledger has the weights of all.
+_KEPT = 64
+# Plans keep weights as multiples of 2**-32; a smaller change is none.
+_SAME = 2.0**-31
+
+
+class Counts(Protocol):
+    """What each source has given so far, arrays ``[K]``."""
+
+    @property
+    def tokens(self) -> NDArray[np.int64]: ...
+
+    @property
+    def epochs(self) -> NDArray[np.float64]: ...
+
+
+class Mixture(Protocol):
+    """What the controller needs of a mixture; ``cheapertraining.data.MixedDataset`` is one."""
+
+    consumed: int
+    max_epochs: dict[str, float | None]
+
+    @property
+    def source_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def available_tokens(self) -> dict[str, int]: ...
+
+    @property
+    def global_batch_size(self) -> int: ...
+
+    @property
+    def seq_len(self) -> int: ...
+
+    @property
+    def lag(self) -> int: ...
+
+    def get_current_weights(self) -> dict[str, float]: ...
+
+    def weights_at(self, batch: int) -> dict[str, float]: ...
+
+    def set_weights(self, weights: Mapping[str, float], from_batch: int | None = None) -> int: ...
+
+    def counts(self) -> Counts: ...
+
+
+@dataclass
+class Decision:
+    """One entry of the record.
+
+    Attributes:
+        batch: batches trained when it was made.
+        from_batch: first batch drawn with the new weights; None where they stayed as they were.
+        weights: newest weights after it.
+        wish: what the strategy asked for; None where it asked for nothing.
+        scores, errors: by direction and source, as measured.
+        probe_losses: by probe.
+        predicted: by direction: first-order change of its loss until the next decision, in nats; per unit of
+            learning rate where the learning rate was not given. Momentum, clipping and curvature are left
+            out: its sign and its course over the run are worth reading, its size for metric ``adam`` only
+                roughly.
+        realized: by direction: the change that the next measurement found; None until then.
+    """
+
+    batch: int
+    from_batch: int | None
+    weights: Weights
+    wish: Weights | None = None
+    scores: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    errors: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    probe_losses: dict[str, float | None] = field(default_factory=dict)
+    predicted: dict[str, float | None] = field(default_factory=dict)
+    realized: dict[str, float | None] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; numbers that are not finite are None."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums since the start of the run, by source: losses in nats, and the tokens behind them."""
+
+    losses: Array
+    tokens: Array
+
+    def mean_since(self, earlier: Totals) -> Array:
+        """Mean loss between two totals, nats per token; NaN where a source did not come."""
+        tokens = self.tokens - earlier.tokens
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(tokens > 0, (self.losses - earlier.losses) / tokens, np.nan)
+
+
+class MixtureController:
+    """Decides on a mixture's weights while it is trained on.
+
+    Args:
+        mixture: weights are read from and written to it.
+        strategy: makes the wishes. It is reset with the mixture's present weights as prior.
+        constraints: applied to every wish.
+        interval: batches between decisions.
+        warmup: batches before the first decision that looks at signals. Strategies that need none decide from
+            the start.
+        horizon_tokens: tokens (padding included) that the whole run trains on.
+
+    Raises:
+        UserError: bad numbers, or constraints that the sources or their first weights cannot satisfy.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        strategy: Strategy,
+        constraints: Constraints,
+        interval: int,
+        warmup: int,
+        horizon_tokens: int,
+    ) -> None:
+        if interval < 1:
+            raise UserError(
+                f"algorithms.online_mixing.interval: expected at least 1 batch, found {interval}."
+            )
+        if warmup < 0:
+            raise UserError(f"algorithms.online_mixing.warmup: expected at least 0 batches, found {warmup}.")
+        self.mixture = mixture
+        self.strategy = strategy
+        self.interval = interval
+        self.warmup = warmup
+        self.horizon_tokens = horizon_tokens
+        self.source_names = tuple(mixture.source_names)
+        self.measurements = 0
+        """Measurements taken so far; the ``update_index`` of the next one."""
+        self.history: list[Decision] = []
+        count = len(self.source_names)
+        self.totals = Totals(np.zeros(count), np.zeros(count))
+        self._at_decision = self.totals
+        self._prior = dict(mixture.get_current_weights())
+        self.constraints = constraints
+        self._constraints = self._with_prior()
+        if strategy.needs:
+            self._constraints.check(self._prior)
+        else:
+            self._constraints.project(self._prior)
+        self._reset_strategy()
+
+    @property
+    def needs_influence(self) -> bool:
+        """Whether a decision wants a measurement."""
+        return INFLUENCE in self.strategy.needs
+
+    def record(self, loss_sums: Array, tokens: Array) -> None:
+        """Add training losses since the last call, summed over all ranks.
+
+        Args:
+            loss_sums: ``[K]``, nats.
+            tokens: ``[K]``, loss-counting tokens.
+        """
+        self.totals = Totals(self.totals.losses + loss_sums, self.totals.tokens + tokens)
+
+    def due(self, batch: int) -> bool:
+        """Whether to decide after ``batch`` batches have been trained."""
+        first = self.warmup if self.strategy.needs else 0
+        return batch > 0 and batch >= first and (batch - first) % self.interval == 0
+
+    def start(self) -> Decision | None:
+        """Before the first batch: put the weights of a strategy that needs no signals in force at once."""
+        if self.strategy.needs:
+            return None
+        wish = self._ask(self._signals(0, None, effective=0))
+        if wish is None:
+            return None
+        weights = self._constraints.project(wish)
+        return self._commit(0, 0, weights, wish, None, None)
+
+    def step(
+        self, batch: int, measurement: SourceInfluence | None = None, learning_rate: float | None = None
+    ) -> Decision:
+        """Decide and act: :meth:`propose`, then :meth:`commit`."""
+        return self.commit(batch, self.propose(batch, measurement), measurement, learning_rate)
+
+    def propose(self, batch: int, measurement: SourceInfluence | None = None) -> Weights | None:
+        """Ask the strategy and project its wish; None to leave the weights as they are. The mixture is not
+        touched.
+
+        Advances the strategy: call it once for each decision, on every rank.
+
+        Args:
+            batch: batches trained so far.
+            measurement: needed where :attr:`needs_influence`.
+        """
+        self._wish = self._ask(self._signals(batch, measurement, effective=batch + self.mixture.lag))
+        self._at_decision = self.totals
+        self.measurements += measurement is not None
+        if self._wish is None:
+            return None
+        caps = self._caps(batch)
+        if caps and not any(caps.get(name, 1.0) > 0 for name in self.source_names):
+            return None  # All spent: what happens now is the mixture's exhaustion policy's business.
+        return self._constraints.project(self._wish, self.mixture.get_current_weights(), caps)
+
+    def commit(
+        self,
+        batch: int,
+        weights: Weights | None,
+        measurement: SourceInfluence | None = None,
+        learning_rate: float | None = None,
+    ) -> Decision:
+        """Put weights in force ``lag`` batches from now, and write the decision down.
+
+        Args:
+            batch: batches trained so far.
+            weights: from :meth:`propose`.
+            measurement: what it was made from.
+            learning_rate: for the prediction of what the probes' losses will do.
+        """
+        return self._commit(batch, batch + self.mixture.lag, weights, self._wish, measurement, learning_rate)
+
+    def _commit(
+        self,
+        batch: int,
+        from_batch: int,
+        weights: Weights | None,
+        wish: Weights | None,
+        measurement: SourceInfluence | None,
+        learning_rate: float | None,
+    ) -> Decision:
+        current = self.mixture.get_current_weights()
+        changed = weights is not None and any(
+            abs(weights[name] - current[name]) > _SAME for name in self.source_names
+        )
+        effective = None
+        if changed and weights is not None:
+            effective = self.mixture.set_weights(weights, from_batch)
+        decision = Decision(batch, effective, dict(self.mixture.get_current_weights()), wish)
+        if measurement is not None:
+            self._describe(decision, measurement, learning_rate)
+            if self.history:
+                found = zip(measurement.directions, measurement.direction_changes, strict=True)
+                self.history[-1].realized = {name: _finite(change) for name, change in found}
+        self.history.append(decision)
+        return decision
+
+    def _describe(self, decision: Decision, measured: SourceInfluence, learning_rate: float | None) -> None:
+        mixtures = self._drawn(decision.batch, decision.batch + self.interval)
+        step = 1.0 if learning_rate is None else learning_rate
+        for row, direction in enumerate(measured.directions):
+            decision.scores[direction] = self._by_name(measured.scores[row])
+            decision.errors[direction] = self._by_name(measured.errors[row])
+            decision.predicted[direction] = _finite(-step * float(mixtures @ measured.scores[row]))
+        losses = zip(measured.probes, measured.probe_losses, strict=True)
+        decision.probe_losses = {name: _finite(loss) for name, loss in losses}
+
+    def _ask(self, signals: Signals) -> Weights | None:
+        wish = self.strategy.propose(signals)
+        return None if wish is None else dict(zip(self.source_names, wish.tolist(), strict=True))
+
+    def _signals(self, batch: int, measurement: SourceInfluence | None, *, effective: int) -> Signals:
+        counts = self.mixture.counts()
+        weights = self.mixture.get_current_weights()
+        return Signals(
+            sources=self.source_names,
+            batch=batch,
+            tokens=batch * self._tokens_per_batch,
+            effective_batch=effective,
+            effective_tokens=effective * self._tokens_per_batch,
+            horizon_tokens=self.horizon_tokens,
+            sampling_weights=np.array([weights[name] for name in self.source_names]),
+            objective_weights=np.ones(len(self.source_names)),
+            losses=self.totals.mean_since(self._at_decision),
+            loss_tokens=self.totals.tokens - self._at_decision.tokens,
+            tokens_seen=counts.tokens.astype(np.float64),
+            epochs=counts.epochs.astype(np.float64),
+            influence=measurement,
+        )
+
+    @property
+    def _tokens_per_batch(self) -> int:
+        return self.mixture.global_batch_size * self.mixture.seq_len
+
+    def _drawn(self, start: int, end: int) -> Array:
+        """Sum of the weights of the batches from ``start`` to before ``end`` (or the end of the data), ``[K]``."""
+        weights: list[Weights] = []
+        with contextlib.suppress(Exhausted):
+            weights.extend(self.mixture.weights_at(batch) for batch in range(start, end))
+        return np.array([math.fsum(each[name] for each in weights) for name in self.source_names])
+
+    def _caps(self, batch: int) -> Weights:
+        """Repetition caps as of the batch that a decision made now counts from."""
+        infos = [info for info in self._sources() if math.isfinite(info.allowed_tokens)]
+        if not infos:
+            return {}
+        effective = batch + self.mixture.lag
+        seen = self.mixture.counts().tokens + self._drawn(batch, effective) * self._tokens_per_batch
+        used = dict(zip(self.source_names, seen.tolist(), strict=True))
+        allowed = {info.name: info.allowed_tokens for info in infos}
+        return repetition_caps(used, allowed, self.horizon_tokens - effective * self._tokens_per_batch)
+
+    def _sources(self) -> list[SourceInfo]:
+        default = self.constraints.max_epochs
+        limits = {name: default if own is None else own for name, own in self.mixture.max_epochs.items()}
+        return [
+            SourceInfo(name, self.mixture.available_tokens[name], limits[name]) for name in self.source_names
+        ]
+
+    def _with_prior(self) -> Constraints:
+        """The constraints, with the run's first weights as prior where none is given."""
+        given = self.constraints.prior
+        return dataclasses.replace(self.constraints, prior=self._prior if given is None else given)
+
+    def _reset_strategy(self) -> None:
+        prior = np.array([self._prior[name] for name in self.source_names])
+        self.strategy.reset(self._sources(), prior / prior.sum(), self.horizon_tokens)
+
+    def _by_name(self, values: Array) -> dict[str, float | None]:
+        return {name: _finite(value) for name, value in zip(self.source_names, values, strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state: totals, strategy, the latest decisions; everything by source name."""
+
+        def totals(sums: Totals) -> dict[str, dict[str, float | None]]:
+            return {"losses": self._by_name(sums.losses), "tokens": self._by_name(sums.tokens)}
+
+        return {
+            "version": _STATE_VERSION,
+            "sources": list(self.source_names),
+            "prior": dict(self._prior),
+            "measurements": self.measurements,
+            "totals": totals(self.totals),
+            "at_decision": totals(self._at_decision),
+            "history": [decision.to_dict() for decision in self.history[-_KEPT:]],
+            "strategy": {"name": self.strategy.name, "state": self.strategy.state_dict()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue as :meth:`state_dict` left off. The mixture restores its own state.
+
+        A checkpoint of another strategy is fine: the present one then starts afresh, with a word in the log.
+
+        Raises:
+            UserError: the state is of other sources.
+        """
+        if set(state["sources"]) != set(self.source_names):
+            raise UserError(
+                f"checkpoint: its mixture has the sources {_listed(state['sources'])}; this run has "
+                f"{_listed(self.source_names)}. Resume with the same sources, or start a new run."
+            )
+
+        def totals(sums: Mapping[str, Mapping[str, float | None]]) -> Totals:
+            # A loss that was not finite is kept as None; NaN stays NaN in all means.
+            losses, tokens = (
+                [_number(sums[key][name]) for name in self.source_names] for key in ("losses", "tokens")
+            )
+            return Totals(np.array(losses), np.array(tokens))
+
+        self._prior = {name: float(state["prior"][name]) for name in self.source_names}
+        self._constraints = self._with_prior()
+        self.measurements = int(state["measurements"])
+        self.totals, self._at_decision = totals(state["totals"]), totals(state["at_decision"])
+        self.history = [Decision(**decision) for decision in state["history"]]
+        self._reset_strategy()
+        saved = state["strategy"]
+        if saved["name"] == self.strategy.name:
+            self.strategy.load_state_dict(saved["state"])
+        else:
+            log.warning(
+                "mixing strategy was '%s' and is now '%s': it starts afresh",
+                saved["name"],
+                self.strategy.name,
+            )
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(sorted(names))

@@ -1,0 +1,155 @@
+"""Exponentiated gradient on measured influence, with everything that looks like noise left out.
+
+The loss on the probes falls, for one unit of learning rate, by ``sum_k w_k * s_k`` with ``s_k = <g_k, u>``
+the score of source ``k`` (a `SourceInfluence`, combined over the directions by their weights: the objective
+is the weighted sum of the probes' losses). Its derivative on the simplex is the centred score ``c_k = s_k -
+sum_j w_j s_j``, and ascent in the geometry of the simplex is exponentiated gradient, ``w_k <- w_k * exp(eta *
+c_k) / Z`` (Kivinen & Warmuth 1997; for domain weights DoGE, arXiv 2310.15393, and Aioli, arXiv 2411.05735).
+Scores are estimated from a few samples, so:
+
+*Smoothing.* ``s`` is an exponential moving average of the scores, corrected for its start, and ``U`` the
+variance of that average: ``U_t = b**2 U_(t-1) + (1-b)**2 v_t``. ``v`` is itself a moving average of the
+squared standard errors, drawn towards its mean over the sources with the weight of ``_PRIOR_DOF`` degrees of
+freedom (moderated variances, Smyth 2004), because a few samples a source say little about a variance.
+
+*Doubt.* ``Var(c_k) = (1 - 2 w_k) U_k + sum_j w_j**2 U_j``. A source counts as different once ``|c_k|``
+exceeds ``z`` standard errors,
+
+    z**2 = threshold**2 + 2 * log(K * L),     L = max(1, t * (1 - b)),
+
+the bound for the largest of ``K`` sources over ``L`` independent looks (the moving average forgets within
+``1 / (1-b)`` updates), made wider for few degrees of freedom as Student's t is (Wallace 1959). The share of
+``c_k`` beyond doubt is ``trust_k = max(0, 1 - (z * se_k / c_k)**2)`` (the non-negative garrote, Breiman
+1995).
+
+*Step.* With ``scale`` the root mean square of the centred scores, so that ``learning_rate`` (eta) has no unit,
+
+    log(w_k / prior_k) <- (1 - _PULL * (1 - trust_k)) * log(w_k / prior_k) + eta * trust_k * c_k / scale.
+
+What is beyond doubt moves; what is not goes back towards the prior. Sources that are random splits of one
+corpus therefore stay at the prior; ``tests/mixing/test_controls.py`` has the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from cheapertraining.errors import UserError
+from cheapertraining.mixing.signals import INFLUENCE, Array, Signals, SourceInfo
+
+__all__ = ["InfluenceStrategy"]
+
+_VERSION = 1
+_PULL = 0.2
+_PRIOR_DOF = 4.0
+_NEARLY_ZERO = 1e-12
+
+
+class InfluenceStrategy:
+    """Moves weight to the sources whose training lowers the probes' loss most.
+
+    Args:
+        learning_rate: ``eta``: how far one decision moves the logarithm of a weight, for a score of typical
+            size.
+        ema: ``b``: how much of the old scores stays at each decision. The memory is ``1 / (1 - b)``
+            decisions.
+        threshold: standard errors below which a score is taken for chance, before the allowance for many
+            looks.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    name: ClassVar[str] = "influence"
+    needs: ClassVar[frozenset[str]] = frozenset({INFLUENCE})
+
+    def __init__(self, learning_rate: float = 1.0, ema: float = 0.9, threshold: float = 2.0) -> None:
+        key = "algorithms.online_mixing.influence"
+        if not learning_rate > 0:
+            raise UserError(f"{key}.learning_rate: expected a positive number, found {learning_rate}.")
+        if not 0 <= ema < 1:
+            raise UserError(f"{key}.ema: expected a number from 0 to below 1, found {ema}.")
+        if not threshold >= 0:
+            raise UserError(f"{key}.threshold: expected a number of at least 0, found {threshold}.")
+        self.learning_rate = learning_rate
+        self.ema = ema
+        self.threshold = threshold
+
+    def reset(self, sources: Sequence[SourceInfo], prior: Array, horizon_tokens: int) -> None:
+        self._names = tuple(source.name for source in sources)
+        self._prior = prior
+        self._updates = 0
+        # Moving averages that started at 0: of the scores, of their squared errors, and the variance of the
+        # first.
+        self._mean = np.zeros(len(prior))
+        self._error2 = np.zeros(len(prior))
+        self._variance = np.zeros(len(prior))
+
+    def propose(self, signals: Signals) -> Array | None:
+        measured = signals.influence
+        if measured is None:
+            return None
+        scores: Array = measured.direction_weights @ measured.scores
+        # The same samples meet every direction, so errors are taken as fully correlated: an upper bound.
+        errors: Array = measured.direction_weights @ measured.errors
+        if not (np.isfinite(scores).all() and np.isfinite(errors).all()):
+            return None
+        weights = signals.sampling_weights
+        centred, variance, dof = self._centred(scores, errors, measured.samples, weights)
+        scale = math.sqrt(float((centred**2).mean()))
+        if scale == 0:
+            return None
+        beyond = np.maximum(0.0, centred**2 - self._z_squared(dof) * variance)
+        trust = beyond / np.maximum(centred**2, np.finfo(np.float64).tiny)
+        ratio = np.log(np.maximum(weights, _NEARLY_ZERO) / np.maximum(self._prior, _NEARLY_ZERO))
+        ratio = (1 - _PULL * (1 - trust)) * ratio + self.learning_rate * trust * centred / scale
+        wish: Array = self._prior * np.exp(ratio - ratio.max())
+        return np.asarray(wish / wish.sum())
+
+    def _centred(
+        self, scores: Array, errors: Array, samples: int, weights: Array
+    ) -> tuple[Array, Array, float]:
+        """Take in a measurement; return centred mean scores, their variances, and the latter's d.o.f."""
+        self._updates += 1
+        keep, take = self.ema, 1 - self.ema
+        total = 1 - keep**self._updates
+        squares = take / (1 + keep) * (1 - keep ** (2 * self._updates))
+        own_dof = (samples - 1) * total**2 / squares
+        self._mean = keep * self._mean + take * scores
+        self._error2 = keep * self._error2 + take * errors**2
+        own = self._error2 / total
+        moderated = (_PRIOR_DOF * own.mean() + own_dof * own) / (_PRIOR_DOF + own_dof)
+        # A burst of large gradients is noisier than the average knows.
+        moderated = np.maximum(moderated, (errors**2).mean())
+        self._variance = keep**2 * self._variance + take**2 * moderated
+        mean, spread = self._mean / total, self._variance / total**2
+        variance = (1 - 2 * weights) * spread + float(weights**2 @ spread)
+        return mean - float(weights @ mean), variance, own_dof + min(_PRIOR_DOF, (len(scores) - 1) * own_dof)
+
+    def _z_squared(self, dof: float) -> float:
+        looks = max(1.0, self._updates * (1 - self.ema))
+        z = math.sqrt(self.threshold**2 + 2 * math.log(len(self._names) * looks))
+        return dof * math.expm1((z * (8 * dof + 3) / (8 * dof + 1)) ** 2 / dof)
+
+    def state_dict(self) -> dict[str, Any]:
+        def by_name(values: Array) -> dict[str, float]:
+            return dict(zip(self._names, values.tolist(), strict=True))
+
+        return {
+            "version": _VERSION,
+            "updates": self._updates,
+            "mean": by_name(self._mean),
+            "error2": by_name(self._error2),
+            "variance": by_name(self._variance),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        def array(key: str) -> Array:
+            return np.array([float(state[key][name]) for name in self._names])
+
+        self._updates = int(state["updates"])
+        self._mean, self._error2, self._variance = array("mean"), array("error2"), array("variance")
