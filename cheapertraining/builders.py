@@ -1,0 +1,326 @@
+"""One ``build_*`` per part of a run: from the part's config to the object. No other logic is here."""
+
+from __future__ import annotations
+
+import math
+import netrc
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+import torch
+from composer.algorithms import GradientClipping
+from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
+from composer.core import Algorithm, Callback, DataSpec, Evaluator, State
+from composer.loggers import LoggerDestination, WandBLogger
+from composer.optim import ComposerScheduler
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.utils.data import DataLoader
+
+from cheapertraining.config import (
+    OnlineMixingConfig,
+    OptimizerConfig,
+    RunConfig,
+    SchedulerConfig,
+    WandbConfig,
+    planned_tokens,
+    split_duration,
+)
+from cheapertraining.data import Batch, MixtureLoader, TokenizerWrapper, get_loader
+from cheapertraining.errors import UserError
+from cheapertraining.influence import LookAheadEstimator
+from cheapertraining.mixing import (
+    Constraints,
+    InfluenceStrategy,
+    MixtureController,
+    OnlineMixing,
+    ProportionalStrategy,
+    ScheduleStrategy,
+    StaticStrategy,
+    Strategy,
+    UniMaxStrategy,
+)
+from cheapertraining.models import CausalLM, build_causal_lm
+from cheapertraining.observe import ConsoleLines, GracefulStop, JsonlLogger, MixtureSummary
+from cheapertraining.observe.checkpoints import AtomicCheckpointSaver
+from cheapertraining.observe.exhaustion import StopWhenExhausted
+
+Device = Literal["cpu", "gpu"]
+Precision = Literal["fp32", "amp_bf16", "amp_fp16"]
+
+
+# ---- where and how precisely -------------------------------------------------------------------------------
+def resolve_device(config: RunConfig) -> Device:
+    """``auto`` is the GPU where there is one."""
+    if config.device == "gpu" and not torch.cuda.is_available():
+        raise UserError("device: gpu was asked for, but torch finds no CUDA device. Use device=cpu or device=auto.")
+    if config.device == "auto":
+        return "gpu" if torch.cuda.is_available() else "cpu"
+    return config.device
+
+
+def resolve_precision(config: RunConfig, device: Device) -> Precision:
+    """``auto`` is bfloat16 autocast on CUDA and float32 on CPU."""
+    if config.precision == "auto":
+        return "amp_bf16" if device == "gpu" else "fp32"
+    if config.precision == "amp_fp16" and device == "cpu":
+        raise UserError("precision: amp_fp16 does not train on a CPU. Use precision=fp32 or precision=amp_bf16.")
+    return config.precision
+
+
+def build_microbatch_size(config: RunConfig, device: Device, world_size: int) -> int | Literal["auto"]:
+    """Rows per forward pass; Composer can search for it (``auto``) on CUDA only."""
+    size = config.train_loader.device_microbatch_size
+    if size == "auto" and device == "cpu":
+        return config.train_loader.global_batch_size // world_size
+    return size
+
+
+# ---- tokenizer, model, data --------------------------------------------------------------------------------
+def build_tokenizer(config: RunConfig) -> TokenizerWrapper:
+    """The tokenizer at ``tokenizer.path``, ``data.tokenizer`` or ``<data.local>/tokenizer``, the first that is set."""
+    path = config.tokenizer.path or config.data.tokenizer
+    if path is None:
+        path = str(Path(config.data.local) / "tokenizer")
+        if not Path(path).is_dir():
+            raise UserError(f"tokenizer.path: none is set, and the default, {path}, is no folder. Set tokenizer.path.")
+    return TokenizerWrapper(path)
+
+
+def build_model(config: RunConfig, tokenizer: TokenizerWrapper, precision: Precision) -> CausalLM:
+    """The model, with initial weights from the run's seed."""
+    return build_causal_lm(config.model, tokenizer.vocab_size, seed=config.seed, precision=precision)
+
+
+def build_loader(config: RunConfig, tokenizer: TokenizerWrapper) -> MixtureLoader:
+    """The training loader of this rank, with the mixture, the probes and the held-out splits beside it."""
+    settings = config.train_loader
+    loader = get_loader(
+        config.data,
+        tokenizer,
+        settings.global_batch_size,
+        num_workers=settings.num_workers,
+        prefetch_factor=settings.prefetch_factor,
+        persistent_workers=settings.persistent_workers,
+        pin_memory=settings.pin_memory,
+        lag=settings.lag,
+        seed=config.seed,
+    )
+    # A DataLoader draws a seed whenever iterating starts; from the global generator, and a resumed run would go on
+    # with other random numbers (dropout) than the undisturbed one.
+    loader.generator = torch.Generator().manual_seed(config.seed)
+    return loader
+
+
+def count_tokens(batch: Batch) -> dict[str, int]:
+    """Tokens that are not padding, and those that count in the loss.
+
+    With the second, Composer weights microbatches and ranks by their loss tokens, so that the gradient is that of the
+    mean over all tokens of the global batch however it is split.
+    """
+    mask = batch.get("attention_mask")
+    total = batch["input_ids"].numel() if mask is None else int(mask.sum())
+    return {"total": total, "loss_generating": int((batch["labels"] != -100).sum())}
+
+
+def build_train_spec(loader: MixtureLoader) -> DataSpec:
+    """The training loader as Composer wants it."""
+    return DataSpec(loader, get_num_tokens_in_batch=count_tokens)
+
+
+def build_evaluators(config: RunConfig, loader: MixtureLoader) -> list[Evaluator]:
+    """An evaluator for each held-out split (``heldout/<source>``) and each probe (``probe/<name>``)."""
+    splits = {f"heldout/{name}": split for name, split in loader.heldout.items()}
+    splits |= {f"probe/{name}": split for name, split in loader.probes.items()}
+    evaluators = []
+    for label, split in splits.items():
+        rows = DataLoader(
+            split.dataset,
+            batch_size=config.eval_loader.batch_size,
+            sampler=split.sampler,
+            collate_fn=split.collate_fn,
+            generator=loader.generator,
+        )
+        spec = DataSpec(rows, get_num_tokens_in_batch=count_tokens)
+        evaluators.append(Evaluator(label=label, dataloader=spec, metric_names=["TokenCrossEntropy"]))
+    return evaluators
+
+
+# ---- optimization ------------------------------------------------------------------------------------------
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
+    """AdamW that decays matrices (embeddings included) and leaves norms and biases alone."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def lr_multiplier(config: SchedulerConfig, progress: float, warmup: float, decay: float) -> float:
+    """What the learning rate is multiplied with.
+
+    Args:
+        config: name and ``alpha_f``.
+        progress: share of the run that is done, in [0, 1].
+        warmup, decay: shares of the run.
+    """
+    if progress < warmup:
+        return progress / warmup
+    if config.name == "constant":
+        return 1.0
+    if config.name == "wsd":
+        left = min(1.0, (1.0 - progress) / decay) if decay > 0 else 1.0
+    else:
+        done = (progress - warmup) / (1.0 - warmup) if warmup < 1 else 1.0
+        left = 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+    return config.alpha_f + (1.0 - config.alpha_f) * left
+
+
+def build_scheduler(config: SchedulerConfig, max_duration: str) -> ComposerScheduler:
+    """The learning-rate schedule over ``max_duration``, in whichever unit that is."""
+    length, unit = split_duration(max_duration)
+
+    def share(span: str) -> float:
+        value, span_unit = split_duration(span)
+        return value if span_unit == "dur" else value / length
+
+    warmup, decay = share(config.warmup), share(config.decay)
+
+    def schedule(state: State) -> float:
+        done = float(state.timestamp.get(unit).value)
+        return lr_multiplier(config, min(1.0, done / length), warmup, decay)
+
+    return schedule  # type: ignore[return-value]  # Composer takes plain functions of the state, but does not say so
+
+
+# ---- mixing ------------------------------------------------------------------------------------------------
+def build_strategy(config: OnlineMixingConfig) -> Strategy:
+    """The strategy that proposes weights."""
+    if config.strategy == "static":
+        return StaticStrategy()
+    if config.strategy == "proportional":
+        return ProportionalStrategy(temperature=config.proportional.temperature)
+    if config.strategy == "unimax":
+        return UniMaxStrategy(max_epochs=config.unimax.max_epochs)
+    if config.strategy == "schedule":
+        return ScheduleStrategy([asdict(point) for point in config.schedule.points])
+    influence = config.influence
+    return InfluenceStrategy(
+        learning_rate=influence.learning_rate, ema=influence.ema, threshold=influence.threshold
+    )
+
+
+def build_online_mixing(
+    config: RunConfig, mixing: OnlineMixingConfig, loader: MixtureLoader, folder: Path
+) -> OnlineMixing:
+    """The algorithm that measures, decides, sets the weights of ``loader.mixture``, and notes it in ``folder``."""
+    limits = mixing.constraints
+    controller = MixtureController(
+        loader.mixture,
+        build_strategy(mixing),
+        Constraints(
+            floor=limits.floor,
+            ceiling=limits.ceiling,
+            kl_step=limits.kl_step,
+            kl_prior=limits.kl_prior,
+            max_epochs=limits.max_epochs,
+        ),
+        interval=int(split_duration(mixing.interval)[0]),
+        warmup=int(split_duration(mixing.warmup)[0]),
+        horizon_tokens=planned_tokens(config),
+    )
+    estimator = None
+    if controller.needs_influence:
+        estimator = LookAheadEstimator(
+            loader.mixture,
+            loader.probes,
+            {name: probe.weight for name, probe in config.data.probes.items()},
+            probe_samples=mixing.influence.probe_samples,
+            source_samples=mixing.influence.source_samples,
+            metric=mixing.influence.metric,
+            step_size=mixing.influence.step_size,
+            seed=config.seed,
+        )
+    return OnlineMixing(controller, estimator, ledger_path=folder / "mixture.jsonl")
+
+
+# ---- algorithms, callbacks, loggers ------------------------------------------------------------------------
+def build_algorithms(config: RunConfig, loader: MixtureLoader, folder: Path) -> list[Algorithm]:
+    """Those that are not null."""
+    algorithms: list[Algorithm] = []
+    if (clipping := config.algorithms.gradient_clipping) is not None:
+        algorithms.append(GradientClipping(clipping_type="norm", clipping_threshold=clipping.threshold))
+    if (mixing := config.algorithms.online_mixing) is not None:
+        algorithms.append(build_online_mixing(config, mixing, loader, folder))
+    return algorithms
+
+
+def build_callbacks(config: RunConfig, loader: MixtureLoader, folder: Path) -> list[Callback]:
+    """Monitors, console lines and the table at the end; then what ends a run and saves it.
+
+    Args:
+        config: of the run.
+        loader: its mixture is what is reported on.
+        folder: of the run.
+    """
+    callbacks: list[Callback] = []
+    if (speed := config.callbacks.speed_monitor) is not None:
+        callbacks.append(SpeedMonitor(window_size=speed.window_size))
+    if config.callbacks.memory_monitor is not None:
+        callbacks.append(MemoryMonitor())
+    if config.callbacks.lr_monitor is not None:
+        callbacks.append(LRMonitor())
+    if (console := config.loggers.console) is not None:
+        callbacks.append(ConsoleLines(loader.mixture, interval=int(split_duration(console.interval)[0])))
+    return [
+        *callbacks,
+        MixtureSummary(loader.mixture, folder),
+        StopWhenExhausted(loader.mixture),
+        AtomicCheckpointSaver(folder / "checkpoints", config.save_interval, config.save_num_checkpoints_to_keep),
+        GracefulStop(),
+    ]
+
+
+def build_loggers(config: RunConfig, folder: Path) -> list[LoggerDestination]:
+    """Those that are not null."""
+    loggers: list[LoggerDestination] = []
+    if config.loggers.jsonl is not None:
+        loggers.append(JsonlLogger(folder))
+    if (wandb := config.loggers.wandb) is not None:
+        settings: dict[str, Any] = {"mode": wandb_mode(wandb, os.environ), "dir": str(folder)}
+        loggers.append(WandBLogger(project=wandb.project, entity=wandb.entity, init_kwargs=settings))
+    return loggers
+
+
+def wandb_mode(config: WandbConfig, environment: Mapping[str, str]) -> str:
+    """The mode to start W&B in, such that it never asks for a key.
+
+    Raises:
+        UserError: online was asked for and there is no key.
+    """
+    wanted = environment.get("WANDB_MODE") or "auto" if config.mode == "auto" else config.mode
+    if wanted == "auto":
+        return "online" if _has_wandb_key(environment) else "offline"
+    if wanted == "online" and not _has_wandb_key(environment):
+        raise UserError(
+            "loggers.wandb.mode: online needs a key. Set WANDB_API_KEY, run `wandb login`, or use mode offline."
+        )
+    return wanted
+
+
+def _has_wandb_key(environment: Mapping[str, str]) -> bool:
+    """Whether W&B would find a key where it looks for one: the environment, then the netrc file."""
+    if environment.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    file = Path(environment.get("NETRC") or Path(environment.get("HOME", "~")).expanduser() / ".netrc")
+    try:
+        return netrc.netrc(file).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,636 @@
+"""What a yaml may say: typed dataclasses, and how parts, run file and command line become one of them.
+
+A run is composed in this order, later on top: the parts named under ``compose`` (``model: llama_tiny`` takes
+in ``yamls/model/llama_tiny.yaml``), the run yaml's own keys, then ``key=value`` overrides. ``${variables.x}``
+refers to the free-form ``variables``. Everything is checked (:mod:`cheapertraining.strict`), all problems are
+reported at once, and nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
+
+from cheapertraining.errors import UserError, nearest
+from cheapertraining.strict import Check, Problems, above, between, build, duration
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig, ListConfig
+
+__all__ = [
+    "DataConfig",
+    "ModelConfig",
+    "OnlineMixingConfig",
+    "RunConfig",
+    "check_batch_size",
+    "check_prepared",
+    "load_data_config",
+    "load_run_config",
+    "planned_tokens",
+    "resolved_yaml",
+    "split_duration",
+]
+
+Count = Annotated[int, between(1)]
+"""A whole number of at least 1."""
+Positive = Annotated[float, above(0)]
+NonNegative = Annotated[float, between(0)]
+Share = Annotated[float, between(0, 1)]
+Duration = Annotated[str, duration("ba", "tok", "sp")]
+"""How long to train: batches (optimizer steps), tokens, or samples."""
+Interval = Annotated[str, duration("ba", "tok", "sp", "dur")]
+Batches = Annotated[str, duration("ba", zero=True)]
+FolderName = Annotated[
+    str, Check("text of letters, digits and . _ -", lambda text: re.fullmatch(r"\w[\w.-]*", text) is not None)
+]
+LocalFolder = Annotated[
+    str, Check("text that names a local folder", lambda text: "://" not in text and not re.search(r"[{}]", text))
+]
+Span = Annotated[str, duration("ba", "tok", "sp", "dur", zero=True)]
+"""A part of the run, in the unit of ``max_duration`` or as a share of it (``dur``)."""
+
+
+# ---- data --------------------------------------------------------------------------------------------------
+@dataclass
+class SourceConfig:
+    """One training domain; its shards are in ``<local>/<split>``, downloaded from ``<remote>/<split>`` where set."""
+
+    weight: NonNegative = 1.0
+    """Sampling weight at the start, relative to the other sources'."""
+    local: str | None = None
+    """null is ``<data.local>/<name>``; likewise ``remote``."""
+    remote: str | None = None
+    max_epochs: Positive | None = None
+    """No more passes than this over the source, whatever its weight."""
+
+
+@dataclass
+class ProbeConfig:
+    """A target to steer the mixture towards: the ``probe`` split of ``source``, or a shard folder of its own."""
+
+    source: str | None = None
+    local: str | None = None
+    remote: str | None = None
+    weight: NonNegative = 1.0
+
+
+@dataclass
+class DataConfig:
+    """Sources and probes, and the folder they are in."""
+
+    local: str
+    """Folder that holds ``<source>/<split>`` shard folders, and that remote shards are downloaded to."""
+    seq_len: Count
+    sources: dict[str, SourceConfig]
+    probes: dict[str, ProbeConfig] = field(default_factory=dict)
+    remote: str | None = None
+    tokenizer: str | None = None
+    """Tokenizer folder; null is ``<local>/tokenizer``."""
+    on_exhaustion: Literal["cycle", "stop", "renormalize"] = "cycle"
+    """When a source was passed through (or max_epochs times): begin anew, end the run, or leave it out."""
+    shuffle_block_size: Count = 65536
+    """Samples that are shuffled together, in blocks of whole shards."""
+    cache_limit: str | None = None
+    """Disk space for downloaded shards, e.g. ``100gb``."""
+    validate_hash: str | None = None
+    """Check downloaded shards against this hash, e.g. ``xxh64``."""
+    download_retry: Annotated[int, between(0)] = 2
+    prepare_hint: str | None = None
+    """What to run when the shards are missing, e.g. ``make sample``."""
+
+
+# ---- model, tokenizer --------------------------------------------------------------------------------------
+@dataclass
+class TokenizerConfig:
+    path: str | None = None
+    """Tokenizer folder; null is ``data.tokenizer``, else ``<data.local>/tokenizer``."""
+
+
+@dataclass
+class ModelConfig:
+    """A decoder-only language model: from a local Hugging Face folder, or new from these sizes."""
+
+    name_or_path: str | None = None
+    """Local folder to load; its configuration then replaces the sizes below."""
+    architecture: Literal["llama"] = "llama"
+    vocab_size: Count | None = None
+    """null is the tokenizer's."""
+    hidden_size: Count = 128
+    intermediate_size: Count = 352
+    num_layers: Count = 4
+    num_heads: Count = 4
+    num_kv_heads: Count = 4
+    """Below num_heads: grouped-query attention."""
+    max_position_embeddings: Count = 2048
+    tie_embeddings: bool = True
+    rope_theta: Positive = 10000.0
+    norm_eps: Positive = 1e-5
+    init_std: Positive = 0.02
+    attention: Literal["auto", "sdpa", "flash_attention_2", "flex_attention", "eager"] = "auto"
+    trust_remote_code: bool = False
+
+
+# ---- loaders -----------------------------------------------------------------------------------------------
+@dataclass
+class TrainLoaderConfig:
+    global_batch_size: Count = 32
+    """Samples per optimizer step over all processes. Part of the data order: keep it when you resume."""
+    device_microbatch_size: Count | Literal["auto"] = "auto"
+    """Samples per forward pass; ``auto`` halves on CUDA out-of-memory, and is the whole batch on CPU."""
+    num_workers: Annotated[int, between(0)] = 0
+    prefetch_factor: Count = 4
+    persistent_workers: bool = False
+    pin_memory: bool = False
+    lag: Count = 8
+    """Batches from a weight change to the first one drawn with it; at least num_workers * prefetch_factor."""
+
+
+@dataclass
+class EvalLoaderConfig:
+    batch_size: Count = 32
+    """Samples per forward pass and process."""
+    interval: Interval = "100ba"
+    subset_num_batches: Count | Literal[-1] = -1
+    """Batches of each held-out split; -1 is all."""
+    first: bool = True
+    """Evaluate once before the first step."""
+
+
+# ---- optimization ------------------------------------------------------------------------------------------
+@dataclass
+class OptimizerConfig:
+    name: Literal["adamw"] = "adamw"
+    lr: Positive = 1e-3
+    betas: tuple[Annotated[float, between(0, 0.999999)], Annotated[float, between(0, 0.999999)]] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
+    """Applies to matrices; norms and biases are left alone."""
+
+
+@dataclass
+class SchedulerConfig:
+    """Linear warm-up, then constant with a linear decay at the end (wsd), a cosine, or constant."""
+
+    name: Literal["wsd", "cosine", "constant"] = "wsd"
+    warmup: Span = "0ba"
+    decay: Span = "0.2dur"
+    """Length of the final decay (wsd only)."""
+    alpha_f: Share = 0.1
+    """Share of the learning rate that is left at the end."""
+
+
+# ---- algorithms --------------------------------------------------------------------------------------------
+@dataclass
+class GradientClippingConfig:
+    threshold: Positive = 1.0
+    """Largest norm of the gradient of all parameters together."""
+
+
+@dataclass
+class ConstraintsConfig:
+    """What sampling weights may be; weights are projected onto it after each decision."""
+
+    floor: Share = 0.01
+    ceiling: Share = 1.0
+    kl_step: Positive | None = 0.5
+    """Largest KL divergence of one step, in nats; null for no limit."""
+    kl_prior: Positive | None = None
+    """Largest KL divergence from the weights at the start, in nats."""
+    max_epochs: Positive | None = None
+    """Projected passes over any source by the end of the run."""
+
+
+@dataclass
+class InfluenceConfig:
+    """Strategy ``influence``: move weight towards sources whose samples lower the loss on the probes."""
+
+    learning_rate: Positive = 1.0
+    """Step of the exponentiated-gradient update of the weights."""
+    probe_samples: Count = 12
+    """Samples of each probe in a measurement."""
+    source_samples: Annotated[int, between(2)] = 2
+    """Samples of each source in a measurement."""
+    ema: Share = 0.7
+    """Share of the old scores kept at each update."""
+    metric: Literal["raw", "adam"] = "raw"
+    """Inner product of gradients as they are, or preconditioned by the optimizer's second moments."""
+    step_size: Positive = 1e-4
+    """Length of the look-ahead step, relative to the norm of the parameters."""
+    threshold: NonNegative = 2.0
+    """Scores nearer to the mean than this many standard errors count as no evidence."""
+
+
+@dataclass
+class ProportionalConfig:
+    temperature: Positive = 1.0
+    """1 is proportional to size; larger is more even."""
+
+
+@dataclass
+class UniMaxConfig:
+    max_epochs: Positive = 4.0
+
+
+@dataclass
+class SchedulePointConfig:
+    """Weights at one moment of the run; between two points they change linearly."""
+
+    weights: dict[str, NonNegative]
+    tokens: Annotated[int, between(0)] | None = None
+    batch: Annotated[int, between(0)] | None = None
+
+
+@dataclass
+class ScheduleConfig:
+    points: list[SchedulePointConfig] = field(default_factory=list)
+
+
+@dataclass
+class OnlineMixingConfig:
+    """Changes the mixture while it trains."""
+
+    strategy: Literal["static", "proportional", "unimax", "schedule", "influence"] = "influence"
+    interval: Annotated[str, duration("ba")] = "20ba"
+    """Batches between two decisions."""
+    warmup: Batches = "20ba"
+    """Batches before the first decision."""
+    constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)
+    influence: InfluenceConfig = field(default_factory=InfluenceConfig)
+    proportional: ProportionalConfig = field(default_factory=ProportionalConfig)
+    unimax: UniMaxConfig = field(default_factory=UniMaxConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+@dataclass
+class AlgorithmsConfig:
+    gradient_clipping: GradientClippingConfig | None = None
+    online_mixing: OnlineMixingConfig | None = None
+
+
+# ---- callbacks, loggers ------------------------------------------------------------------------------------
+@dataclass
+class SpeedMonitorConfig:
+    window_size: Count = 20
+
+
+@dataclass
+class MemoryMonitorConfig:
+    """No settings."""
+
+
+@dataclass
+class LRMonitorConfig:
+    """No settings."""
+
+
+@dataclass
+class CallbacksConfig:
+    speed_monitor: SpeedMonitorConfig | None = None
+    memory_monitor: MemoryMonitorConfig | None = None
+    lr_monitor: LRMonitorConfig | None = None
+
+
+@dataclass
+class ConsoleConfig:
+    interval: Annotated[str, duration("ba")] = "10ba"
+
+
+@dataclass
+class JsonlConfig:
+    """No settings: the log is ``<save_folder>/<run_name>/metrics.jsonl``."""
+
+
+@dataclass
+class WandbConfig:
+    project: str = "cheapertraining"
+    entity: str | None = None
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """``auto``: online where a key is found (WANDB_API_KEY or netrc), offline otherwise; it never asks."""
+
+
+@dataclass
+class LoggersConfig:
+    progress_bar: bool = False
+    console: ConsoleConfig | None = None
+    jsonl: JsonlConfig | None = None
+    wandb: WandbConfig | None = None
+
+
+@dataclass
+class ParallelismConfig:
+    """No settings: processes hold replicas of the model (DDP)."""
+
+
+# ---- the run -----------------------------------------------------------------------------------------------
+@dataclass
+class RunConfig:
+    """A whole training run. ``null`` in place of an algorithm, callback or logger switches it off."""
+
+    max_duration: Duration
+    data: DataConfig
+    run_name: FolderName | None = None
+    """Folder of the run inside save_folder; null makes one up from the time."""
+    seed: Annotated[int, between(0, 2**32 - 1)] = 17
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    precision: Literal["auto", "fp32", "amp_bf16", "amp_fp16"] = "auto"
+    """``auto`` is fp32 on CPU and amp_bf16 on CUDA."""
+    deterministic: bool = False
+    """Refuse CUDA kernels that add up in varying order. CPU runs are repeatable without it."""
+    save_folder: LocalFolder = "runs"
+    save_interval: Interval = "100ba"
+    save_num_checkpoints_to_keep: Count | Literal[-1] = 2
+    """Newest checkpoints to keep, those of earlier starts of the run included; -1 is all."""
+    save_overwrite: bool = False
+    """Begin anew in a folder that already has checkpoints."""
+    autoresume: bool = False
+    """Go on from the run's latest checkpoint where there is one; needs run_name."""
+    variables: dict[str, Any] = field(default_factory=dict)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train_loader: TrainLoaderConfig = field(default_factory=TrainLoaderConfig)
+    eval_loader: EvalLoaderConfig = field(default_factory=EvalLoaderConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    algorithms: AlgorithmsConfig = field(default_factory=AlgorithmsConfig)
+    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
+    loggers: LoggersConfig = field(default_factory=LoggersConfig)
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+
+
+def split_duration(text: str) -> tuple[float, str]:
+    """``"10_000tok"`` as ``(10000.0, "tok")``."""
+    unit = text.lstrip("0123456789._")
+    return float(text.removesuffix(unit)), unit
+
+
+def planned_tokens(config: RunConfig) -> int:
+    """Tokens (padding included) in the whole run."""
+    value, unit = split_duration(config.max_duration)
+    rows = {"ba": config.train_loader.global_batch_size, "sp": 1}
+    return int(value) if unit == "tok" else int(value) * rows[unit] * config.data.seq_len
+
+
+# ---- loading -----------------------------------------------------------------------------------------------
+@dataclass
+class _ComposeConfig:
+    """The parts a run takes in: a name (``yamls/<group>/<name>.yaml``) or a path to a yaml file."""
+
+    model: str | None = None
+    data: str | None = None
+    distributed: str | None = None
+
+
+@dataclass
+class _DataFile:
+    """What a data yaml may hold when it is loaded for itself."""
+
+    data: DataConfig
+    variables: dict[str, Any] = field(default_factory=dict)
+
+
+Config = TypeVar("Config", RunConfig, _DataFile)
+_Layers = list[tuple[str, dict[str, Any]]]
+"""(where it is from, its content), later on top."""
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that a yaml and ``key=value`` overrides describe.
+
+    Args:
+        path: a file, or the name of a yaml that comes with the package (``mixed_pretrain``).
+
+    Raises:
+        UserError: everything that is wrong with it, a line each: key, where it is from, expected, found.
+    """
+    return _load(RunConfig, _find_yaml(str(path), group=None, beside=None), overrides, _problems_between_parts)
+
+
+def load_data_config(config: str | Path | Mapping[str, Any] | DataConfig, overrides: Sequence[str] = ()) -> DataConfig:
+    """The data part alone, for loops that are not the trainer's.
+
+    Args:
+        config: a name (``mixed_pretrain`` is ``yamls/data/mixed_pretrain.yaml``), a path to a yaml, a mapping
+            (the content of ``data:``, or with ``data:`` and ``variables:`` at its top), or a config to change.
+        overrides: as on the command line, e.g. ``data.sources.code.weight=2``.
+
+    Raises:
+        UserError: as :func:`load_run_config`.
+    """
+    if isinstance(config, DataConfig):
+        config = asdict(config)
+    base: Path | Mapping[str, Any]
+    if isinstance(config, Mapping):
+        base = config if "data" in config else {"data": config}
+    else:
+        base = _find_yaml(str(config), group="data", beside=None)
+    return _load(_DataFile, base, overrides, lambda loaded: _data_problems(loaded.data)).data
+
+
+def resolved_yaml(config: RunConfig | DataConfig) -> str:
+    """The config as yaml text, every default written out; loading it gives the same config."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+
+
+def _load(
+    kind: type[Config],
+    base: Path | Mapping[str, Any],
+    overrides: Sequence[str],
+    check: Callable[[Config], Problems],
+) -> Config:
+    from omegaconf import OmegaConf
+
+    own = (str(base), _read(base)) if isinstance(base, Path) else ("mapping", dict(base))
+    layers: _Layers = [own, ("command line", _parse_overrides(overrides))]
+    problems: Problems = []
+    chosen = OmegaConf.merge(*(content.pop("compose", None) or {} for _, content in layers))
+    compose = build(_ComposeConfig, OmegaConf.to_container(chosen), "compose", problems)
+    _raise(problems, [])
+    beside = base.parent if isinstance(base, Path) else None
+    parts = [_find_yaml(name, group, beside) for group, name in asdict(compose).items() if name is not None]
+    layers = [(str(part), _read(part)) for part in parts] + layers
+    plain = _resolve(OmegaConf.merge(*(content for _, content in layers)), "", problems)
+    if kind is _DataFile:  # a data yaml may also bring keys of the run, which do not matter here
+        of_the_run = {field.name for field in fields(RunConfig)} - {"data", "variables"}
+        plain = {name: value for name, value in plain.items() if name not in of_the_run}
+    _raise(problems, layers)
+    config = build(kind, plain, "", problems)
+    _raise(problems, layers)
+    _raise(check(config), layers)
+    return cast(Config, config)
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    wrong = [text for text in overrides if "=" not in text]
+    _raise([(text, "not an override; expected key=value, as in optimizer.lr=3e-4.") for text in wrong], [])
+    try:
+        return cast("dict[str, Any]", _plain(OmegaConf.from_dotlist(list(overrides))))
+    except Exception as error:  # whatever the yaml reader raises, it is the text that is wrong
+        raise UserError(f"command line: cannot read {' '.join(overrides)} ({_first_line(error)}).") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    from omegaconf import DictConfig, OmegaConf
+
+    try:
+        content = OmegaConf.load(path)
+    except Exception as error:  # whatever the yaml reader raises, it is the file that is wrong
+        raise UserError(f"{path}: not a readable yaml ({' '.join(str(error).split())}).") from error
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{path}: expected a mapping of keys at the top of the file, found a list or plain text.")
+    return cast("dict[str, Any]", _plain(content))
+
+
+def _plain(content: DictConfig | ListConfig) -> Any:
+    """Mappings and lists as written: interpolations are kept as text, missing values as ``???``."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(content, resolve=False)
+
+
+def _resolve(node: Any, key: str, problems: Problems) -> Any:
+    """``node`` as plain data, interpolations filled in; a missing value (``???``) or dangling one is a problem."""
+    from omegaconf import DictConfig, ListConfig
+    from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
+
+    if not isinstance(node, DictConfig | ListConfig):
+        return node
+    result: dict[Any, Any] = {}
+    for name in range(len(node)) if isinstance(node, ListConfig) else list(node):
+        inner = f"{key}.{name}" if key else str(name)
+        if inner == "variables":  # one that nothing refers to may stay without a value
+            result[name] = _plain(node[name])
+            continue
+        try:
+            result[name] = _resolve(node[name], inner, problems)
+        except (MissingMandatoryValue, InterpolationToMissingValueError):
+            wanted = re.search(r"\$\{([\w.]+)\}", str(_plain(node)[name]))
+            without = wanted[1] if wanted else inner
+            problems.append((without, f"needs a value. Write it there, or give it as {without}=…"))
+        except OmegaConfBaseException as error:
+            problems.append((inner, f"{_first_line(error)}."))
+    return list(result.values()) if isinstance(node, ListConfig) else result
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _yaml_folders() -> list[Path]:
+    """Where the package's yamls are: inside it (wheel), or beside it (checkout)."""
+    package = Path(__file__).resolve().parent
+    return [folder for folder in (package / "yamls", package.parent / "yamls") if folder.is_dir()]
+
+
+def _find_yaml(name: str, group: str | None, beside: Path | None) -> Path:
+    """The file that ``name`` stands for: a path, or a name in ``<beside>/<group>`` or the package's yamls."""
+    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
+        return Path(name)
+    folders = [folder / group if group else folder for folder in ([beside] if beside else []) + _yaml_folders()]
+    stem = name.removesuffix(".yaml").removeprefix("yamls/")
+    for folder in folders:
+        if (folder / f"{stem}.yaml").is_file():
+            return folder / f"{stem}.yaml"
+    names = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+    what = f"compose.{group}={name}: no such part" if group and beside else f"{name}: no such yaml"
+    raise UserError(f"{what}. Expected a path to a yaml file or one of {', '.join(names)}.{nearest(stem, names)}")
+
+
+def _raise(problems: Problems, layers: _Layers) -> None:
+    """Raise all problems, a line each with the layer the key is from; do nothing where there are none."""
+    if problems:
+        lines = [f"{key}{_origin(key, layers)}: {text}" for key, text in problems]
+        raise UserError("\n".join(dict.fromkeys(lines)))
+
+
+def _origin(key: str, layers: _Layers) -> str:
+    """`` (where)`` of the topmost layer that has ``key``; nothing where none has it."""
+    for where, content in reversed(layers):
+        node: Any = content
+        for part in key.split("."):
+            if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+                node = node[int(part)]
+            elif isinstance(node, Mapping) and part in node:
+                node = node[part]
+            else:
+                break
+        else:
+            return f" ({where})"
+    return ""
+
+
+# ---- checks across keys ------------------------------------------------------------------------------------
+def check_batch_size(config: RunConfig, world_size: int) -> None:
+    """Raise a UserError where the global batch cannot be split evenly over ``world_size`` processes."""
+    size = config.train_loader.global_batch_size
+    if size % world_size:
+        below = size - size % world_size
+        fitting = f"{below} or {below + world_size}" if below else str(world_size)
+        raise UserError(
+            f"train_loader.global_batch_size: expected a multiple of the number of processes ({world_size}), "
+            f"found {size}. Use {fitting}, or another number of processes."
+        )
+
+
+def check_prepared(data: DataConfig) -> None:
+    """Raise a UserError that says what to run where local-only shards do not exist; reads no file."""
+    missing = []
+    for name, source in data.sources.items():
+        folder = Path(source.local) if source.local else Path(data.local) / name
+        if not (source.remote or data.remote or (folder / "train" / "index.json").is_file()):
+            missing.append(str(folder / "train"))
+    if missing:
+        more = f" and of {len(missing) - 1} more sources" if len(missing) > 1 else ""
+        todo = f"Run: {data.prepare_hint}" if data.prepare_hint else "Make them, or correct data.local."
+        raise UserError(f"{missing[0]}: no shards here{more} (expected index.json). {todo}")
+
+
+def _problems_between_parts(config: RunConfig) -> Problems:
+    problems = _data_problems(config.data)
+    mixing, model = config.algorithms.online_mixing, config.model
+    unit = split_duration(config.max_duration)[1]
+    for name, span in {"warmup": config.scheduler.warmup, "decay": config.scheduler.decay}.items():
+        value, span_unit = split_duration(span)
+        if value and span_unit not in (unit, "dur"):
+            expected = f"expected the unit of max_duration ({unit}) or dur, found '{span}'."
+            problems.append((f"scheduler.{name}", expected))
+    if model.name_or_path is None and config.data.seq_len > model.max_position_embeddings:
+        expected = f"expected at least data.seq_len ({config.data.seq_len}), found {model.max_position_embeddings}."
+        problems.append(("model.max_position_embeddings", expected))
+    if config.autoresume and config.run_name is None:
+        problems.append(("run_name", "autoresume needs one, to find the run's checkpoints at the next start."))
+    if mixing is not None and mixing.strategy == "influence" and not config.data.probes:
+        problems.append(("data.probes", "strategy 'influence' steers towards probes: name at least one."))
+    if mixing is not None and mixing.strategy == "schedule":
+        problems.extend(_schedule_problems(mixing.schedule, config.data))
+    return problems
+
+
+def _data_problems(data: DataConfig) -> Problems:
+    problems: Problems = []
+    if not data.sources:
+        problems.append(("data.sources", "expected at least one source, found none."))
+    elif sum(source.weight for source in data.sources.values()) <= 0:
+        problems.append(("data.sources", "the weights are all 0; at least one must be above."))
+    for name, probe in data.probes.items():
+        key = f"data.probes.{name}"
+        if (probe.source is None) == (probe.local is None and probe.remote is None):
+            problems.append((key, "expected either source (its probe split) or local/remote (a folder)."))
+    return problems
+
+
+def _schedule_problems(schedule: ScheduleConfig, data: DataConfig) -> Problems:
+    key = "algorithms.online_mixing.schedule.points"
+    problems: Problems = [] if schedule.points else [(key, "expected at least one point, found none.")]
+    for i, point in enumerate(schedule.points):
+        if (point.tokens is None) == (point.batch is None):
+            problems.append((f"{key}.{i}", "expected either tokens or batch, to say when."))
+        for name in point.weights.keys() - data.sources.keys():
+            problems.append((f"{key}.{i}.weights.{name}", f"no such source.{nearest(name, data.sources)}"))
+    return problems

@@ -1,0 +1,170 @@
+"""A run, top to bottom: config -> parts -> Composer Trainer -> fit."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from composer import Trainer
+from composer.utils import dist, reproducibility
+
+from cheapertraining.builders import (
+    Device,
+    build_algorithms,
+    build_callbacks,
+    build_evaluators,
+    build_loader,
+    build_loggers,
+    build_microbatch_size,
+    build_model,
+    build_optimizer,
+    build_scheduler,
+    build_tokenizer,
+    build_train_spec,
+    resolve_device,
+    resolve_precision,
+)
+from cheapertraining.config import RunConfig, resolved_yaml
+from cheapertraining.errors import UserError
+from cheapertraining.observe import progress_bar_fits
+from cheapertraining.observe.checkpoints import LATEST, check_resumable, latest_checkpoint
+
+__all__ = ["train"]
+
+
+def train(config: RunConfig) -> Trainer:
+    """Train as ``config`` says, in ``<save_folder>/<run_name>``; call it on every rank.
+
+    Returns:
+        The closed trainer: its ``state`` has the model, the timestamp and the last evaluation's metrics.
+
+    Raises:
+        UserError: anything a user can put right, from a wrong batch size to a full disk.
+        SystemExit: the run was told to end (SIGTERM); its checkpoint is saved.
+    """
+    device = resolve_device(config)
+    precision = resolve_precision(config, device)
+    _start_processes(device)
+    config = _named(config)
+    folder = Path(config.save_folder).resolve() / cast(str, config.run_name)
+    checkpoint = _checkpoint_to_resume(config, folder)
+
+    tokenizer = build_tokenizer(config)
+    loader = build_loader(config, tokenizer)
+    model = build_model(config, tokenizer, precision)
+    algorithms = build_algorithms(config, loader, folder)
+    random_states = None
+    if checkpoint is not None:
+        random_states = check_resumable(checkpoint, model, loader.mixture, algorithms)
+    _save_config(config, folder)
+
+    trainer = Trainer(
+        model=model,
+        train_dataloader=build_train_spec(loader),
+        eval_dataloader=build_evaluators(config, loader),
+        eval_interval=config.eval_loader.interval,
+        eval_subset_num_batches=config.eval_loader.subset_num_batches,
+        max_duration=config.max_duration,
+        optimizers=build_optimizer(config.optimizer, model),
+        schedulers=build_scheduler(config.scheduler, config.max_duration),
+        algorithms=algorithms,
+        callbacks=build_callbacks(config, loader, folder),
+        loggers=build_loggers(config, folder),
+        progress_bar=config.loggers.progress_bar and progress_bar_fits(),
+        run_name=config.run_name,
+        load_path=None if checkpoint is None else str(checkpoint),
+        device=device,
+        precision=precision,
+        device_train_microbatch_size=build_microbatch_size(config, device, dist.get_world_size()),
+        accumulate_train_batch_on_tokens=True,
+        spin_dataloaders=False,  # the mixture goes on where the checkpoint left it
+        seed=config.seed,
+        deterministic_mode=config.deterministic,
+    )
+    trainer.logger.log_hyperparameters(asdict(config))
+    _fit(trainer, config, random_states)
+    return trainer
+
+
+def _fit(trainer: Trainer, config: RunConfig, random_states: list[dict[str, Any]] | None) -> None:
+    """Evaluate, train, close; ``random_states`` are those to go on with."""
+    state = trainer.state
+    try:
+        if state.max_duration is not None and state.timestamp >= state.max_duration:
+            done = f"is finished ({state.timestamp.batch.value} batches)"
+            _say(f"Run {config.run_name} {done}. Raise max_duration to go on.")
+        else:
+            if config.eval_loader.first and state.timestamp.batch == 0:
+                trainer.eval()
+            if random_states is not None and len(random_states) == dist.get_world_size():
+                reproducibility.load_rng_state(random_states)
+            trainer.fit()
+    except SystemExit:  # told to end; on all ranks, so that closing them together is safe
+        trainer.close()  # type: ignore[no-untyped-call]
+        raise
+    trainer.close()  # type: ignore[no-untyped-call]
+
+
+def _start_processes(device: Device) -> None:
+    """Join the process group, where there are several, and share the cores among them."""
+    if dist.get_world_size() > 1:
+        dist.initialize_dist(device)
+    if dist.get_local_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_local_world_size()))
+
+
+def _named(config: RunConfig) -> RunConfig:
+    """The config with a run name, the same on all ranks; one that is made up is not taken yet."""
+    if config.run_name is not None:
+        return config
+    start = time.strftime("run-%Y%m%d-%H%M%S")
+    names = [start, *(f"{start}-{i}" for i in range(2, 100))]
+    free = next(name for name in names if not (Path(config.save_folder) / name).exists())
+    return replace(config, run_name=_from_rank_zero(free))
+
+
+def _checkpoint_to_resume(config: RunConfig, folder: Path) -> Path | None:
+    """The checkpoint to go on from, decided by rank 0.
+
+    Raises:
+        UserError: the run has checkpoints, and the config does not say what to do about them.
+    """
+    latest: Path | None = _from_rank_zero(latest_checkpoint(folder / "checkpoints"))
+    if latest is None:
+        return None
+    if config.autoresume:
+        if not all(dist.all_gather_object(latest.exists())):
+            raise UserError(f"{latest}: not there on every node. Put save_folder where all nodes see it.")
+        return latest
+    if not config.save_overwrite:
+        raise UserError(
+            f"run_name: {folder} already has checkpoints (latest: {latest.name}). Use autoresume=true to go on from "
+            "there, another run_name to keep both, or save_overwrite=true to begin anew."
+        )
+    if dist.get_global_rank() == 0:
+        (folder / "checkpoints" / LATEST).unlink()  # or a kill before the first save would resume the old run
+    return None
+
+
+def _save_config(config: RunConfig, folder: Path) -> None:
+    """Write the resolved config beside the checkpoints; ``train.py <folder>/config.yaml`` is then the same run."""
+    if dist.get_global_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / ".config.yaml.unfinished"
+        unfinished.write_text(resolved_yaml(config), encoding="utf-8")
+        os.replace(unfinished, folder / "config.yaml")
+
+
+def _from_rank_zero(value: Any) -> Any:
+    told = [value]
+    dist.broadcast_object_list(told)
+    return told[0]
+
+
+def _say(text: str) -> None:
+    if dist.get_global_rank() == 0:
+        print(text, flush=True)
