@@ -51,6 +51,7 @@ from cheapertraining.observe.exhaustion import StopWhenExhausted
 
 Device = Literal["cpu", "gpu"]
 Precision = Literal["fp32", "amp_bf16", "amp_fp16"]
+_WANDB_MODES = ("online", "offline", "disabled", "dryrun", "run", "shared")
 
 
 # ---- where and how precisely -------------------------------------------------------------------------------
@@ -261,18 +262,19 @@ def build_algorithms(config: RunConfig, loader: MixtureLoader, folder: Path) -> 
     return algorithms
 
 
-def build_callbacks(config: RunConfig, loader: MixtureLoader, folder: Path) -> list[Callback]:
+def build_callbacks(config: RunConfig, loader: MixtureLoader, folder: Path, device: Device) -> list[Callback]:
     """Monitors, console lines and the table at the end; then what ends a run and saves it.
 
     Args:
         config: of the run.
         loader: its mixture is what is reported on.
         folder: of the run.
+        device: the memory monitor reads CUDA's allocator, so it is left out on a CPU.
     """
     callbacks: list[Callback] = []
     if (speed := config.callbacks.speed_monitor) is not None:
         callbacks.append(SpeedMonitor(window_size=speed.window_size))
-    if config.callbacks.memory_monitor is not None:
+    if config.callbacks.memory_monitor is not None and device == "gpu":
         callbacks.append(MemoryMonitor())
     if config.callbacks.lr_monitor is not None:
         callbacks.append(LRMonitor())
@@ -293,18 +295,31 @@ def build_loggers(config: RunConfig, folder: Path) -> list[LoggerDestination]:
     if config.loggers.jsonl is not None:
         loggers.append(JsonlLogger(folder))
     if (wandb := config.loggers.wandb) is not None:
-        settings: dict[str, Any] = {"mode": wandb_mode(wandb, os.environ), "dir": str(folder)}
-        loggers.append(WandBLogger(project=wandb.project, entity=wandb.entity, init_kwargs=settings))
+        loggers.append(build_wandb_logger(wandb, folder))
     return loggers
+
+
+def build_wandb_logger(config: WandbConfig, folder: Path) -> WandBLogger:
+    """W&B, which prints where the charts are when it is online and nothing when it is not."""
+    import wandb
+
+    mode = wandb_mode(config, os.environ)
+    # Its summary of all metrics would push the table of the mixture off the screen.
+    settings = wandb.Settings(quiet=True, silent=mode not in ("online", "run", "shared"))
+    start: dict[str, Any] = {"mode": mode, "dir": str(folder), "settings": settings}
+    return WandBLogger(project=config.project, entity=config.entity, init_kwargs=start)
 
 
 def wandb_mode(config: WandbConfig, environment: Mapping[str, str]) -> str:
     """The mode to start W&B in, such that it never asks for a key.
 
     Raises:
-        UserError: online was asked for and there is no key.
+        UserError: online was asked for and there is no key, or the environment names no mode that exists.
     """
-    wanted = environment.get("WANDB_MODE") or "auto" if config.mode == "auto" else config.mode
+    told = environment.get("WANDB_MODE")
+    if told is not None and told not in _WANDB_MODES:
+        raise UserError(f"WANDB_MODE in the environment: expected one of {', '.join(_WANDB_MODES)}, found '{told}'.")
+    wanted = told or "auto" if config.mode == "auto" else config.mode
     if wanted == "auto":
         return "online" if _has_wandb_key(environment) else "offline"
     if wanted == "online" and not _has_wandb_key(environment):

@@ -586,9 +586,13 @@ def check_prepared(data: DataConfig) -> None:
         if not (source.remote or data.remote or (folder / "train" / "index.json").is_file()):
             missing.append(str(folder / "train"))
     if missing:
-        more = f" and of {len(missing) - 1} more sources" if len(missing) > 1 else ""
-        todo = f"Run: {data.prepare_hint}" if data.prepare_hint else "Make them, or correct data.local."
-        raise UserError(f"{missing[0]}: no shards here{more} (expected index.json). {todo}")
+        more = f", nor of {len(missing) - 1} more sources" if len(missing) > 1 else ""
+        present = Path(data.local) / "data.yaml"  # what was made here may have other sources than this config
+        if present.is_file():
+            todo = f"{present} names the sources that are there: use compose.data={present}"
+        else:
+            todo = f"Run: {data.prepare_hint}" if data.prepare_hint else "Make them, or correct data.local."
+        raise UserError(f"{missing[0]}: no shards here{more} (no index.json). {todo}")
 
 
 def _problems_between_parts(config: RunConfig) -> Problems:

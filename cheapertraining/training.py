@@ -72,7 +72,7 @@ def train(config: RunConfig) -> Trainer:
         optimizers=build_optimizer(config.optimizer, model),
         schedulers=build_scheduler(config.scheduler, config.max_duration),
         algorithms=algorithms,
-        callbacks=build_callbacks(config, loader, folder),
+        callbacks=build_callbacks(config, loader, folder, device),
         loggers=build_loggers(config, folder),
         progress_bar=config.loggers.progress_bar and progress_bar_fits(),
         run_name=config.run_name,

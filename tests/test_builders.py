@@ -133,6 +133,11 @@ def test_wandb_online_without_a_key_is_refused_not_asked_for(
         wandb_mode(WandbConfig(mode=mode), {"HOME": str(tmp_path), **environment})  # type: ignore[arg-type]
 
 
+def test_wandb_mode_of_the_environment_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="WANDB_MODE in the environment: expected one of online, .* found ''"):
+        wandb_mode(WandbConfig(), {"HOME": str(tmp_path), "WANDB_MODE": ""})
+
+
 # ---- data, model, mixing -----------------------------------------------------------------------------------
 def test_loader_evaluators_and_model(config: RunConfig) -> None:
     tokenizer = build_tokenizer(config)

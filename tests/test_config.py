@@ -278,9 +278,15 @@ def test_missing_shards_say_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         check_prepared(data)
     assert str(caught.value) == (
-        f"{tmp_path}/wiki/train: no shards here and of 7 more sources (expected index.json). Run: make sample"
+        f"{tmp_path}/wiki/train: no shards here, nor of 7 more sources (no index.json). Run: make sample"
     )
     check_prepared(load_data_config(data, ["data.remote=s3://somewhere"]))
+
+
+def test_sample_with_other_sources_says_which_config_fits(tmp_path: Path) -> None:
+    (tmp_path / "data.yaml").touch()
+    with pytest.raises(UserError, match=f"use compose.data={tmp_path}/data.yaml"):
+        check_prepared(load_data_config("mixed_pretrain", [f"data.local={tmp_path}"]))
 
 
 @pytest.mark.parametrize(("duration", "tokens"), [("10ba", 10 * 32 * 16), ("1_000tok", 1000), ("5sp", 80)])

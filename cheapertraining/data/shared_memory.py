@@ -10,30 +10,49 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import gettempdir
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from streaming import StreamingDataset
+    from streaming.base.shared import SharedMemory
 
-__all__ = ["register", "remove_stale", "starting"]
+__all__ = ["open_dataset", "remove_stale"]
 
 _SEGMENTS = Path("/dev/shm")
 
 
-@contextmanager
-def starting() -> Iterator[None]:
-    """Clear away, then keep other starts of this user on this node out while a StreamingDataset is made.
+def open_dataset(make: Callable[[], StreamingDataset]) -> StreamingDataset:
+    """Clear away, then call ``make`` while other starts of this user on this node are kept out.
 
     Two that look for a free prefix at the same moment would find the same one. The prefix that Streaming will find is
     noted before it is made, or a kill in between would leave segments that nobody knows of. Only the first rank of a
-    node does any of this; the others must wait for it (a barrier) before they make theirs.
+    node does any of this; ``make`` lets the others wait for it (a barrier) before they look.
+
+    What the data set opened is closed when it is collected, or at exit.
     """
+    with _segments_opened() as segments, _first_rank_alone() as first:
+        dataset = make()
+        prefix = dataset._shm_prefix_int
+        if first:
+            _note(prefix)
+    mine = [segment for segment in segments if segment.shm.name.lstrip("/").startswith(f"{prefix:06}_")]
+    for segment in segments:
+        if segment not in mine:  # only looked at, in the search for a free prefix
+            segment.cleanup()
+    weakref.finalize(dataset, _release, mine, _note_of(prefix) if first else None, os.getpid())
+    return dataset
+
+
+@contextmanager
+def _first_rank_alone() -> Iterator[bool]:
+    """Hold this user's lock on this node and have the next prefix noted; yields whether this is the first rank."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        yield
+        yield False
         return
     from filelock import FileLock
     from streaming.base.constant import SHM_TO_CLEAN
@@ -44,16 +63,49 @@ def starting() -> Iterator[None]:
         expected = max(_check_and_find([], [], name) for name in SHM_TO_CLEAN)
         _note(expected)
         try:
-            yield
+            yield True
         except BaseException:
             _note_of(expected).unlink(missing_ok=True)  # another process may have that prefix next
             raise
 
 
-def register(dataset: StreamingDataset) -> None:
-    """Note that this process made the segments of ``dataset`` (on each node, its first rank did)."""
-    if dataset._unique_rank_world.is_local_leader:
-        _note(dataset._shm_prefix_int)
+@contextmanager
+def _segments_opened() -> Iterator[list[SharedMemory]]:
+    """Catch the segments that Streaming opens meanwhile, on whose closing at exit it would otherwise insist.
+
+    It registers each of them with ``atexit``, also those it merely looks at: several open files for every data set that
+    a process ever makes, and more with each, until there are no more to have.
+    """
+    from streaming.base.shared import memory as their_module
+
+    memory: Any = their_module  # its import of atexit is not part of what it offers
+    opened: list[SharedMemory] = []
+
+    class Catcher:
+        @staticmethod
+        def register(cleanup: Callable[[], None]) -> None:
+            opened.append(cleanup.__self__)  # type: ignore[attr-defined]  # a bound method
+
+    original = memory.atexit
+    memory.atexit = Catcher
+    try:
+        yield opened
+    except BaseException:
+        for segment in opened:
+            segment.cleanup()
+        raise
+    finally:
+        memory.atexit = original
+
+
+def _release(segments: list[SharedMemory], note: Path | None, owner: int) -> None:
+    if os.getpid() != owner:  # a DataLoader worker must not close its parent's
+        return
+    for segment in segments:
+        with suppress(BufferError):  # an array still looks into it; the process's end closes it
+            segment.cleanup()
+    if note is not None:
+        note.unlink(missing_ok=True)
 
 
 def remove_stale() -> list[int]:

@@ -192,23 +192,24 @@ class ShardStore:
             )
             for folder in self.folders
         ]
-        with shared_memory.starting():
+
+        def make() -> StreamingDataset:
             _barrier()  # ranks must look for a free prefix only after the first has cleaned
-            try:
-                dataset = StreamingDataset(streams=streams, cache_limit=self._cache_limit, batch_size=1)
-            except RuntimeError as error:
-                if "contains no samples" in str(error):
-                    raise UserError(
-                        f"{error} An empty source cannot be sampled; remove it or make its shards anew."
-                    ) from error
-                raise
-            except (KeyError, ValueError, OSError) as error:
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            return StreamingDataset(streams=streams, cache_limit=self._cache_limit, batch_size=1)
+
+        try:
+            return shared_memory.open_dataset(make)
+        except RuntimeError as error:
+            if "contains no samples" in str(error):
                 raise UserError(
-                    f"shards of {', '.join(folder.name for folder in self.folders)}: cannot be opened: {reason}"
+                    f"{error} An empty source cannot be sampled; remove it or make its shards anew."
                 ) from error
-            shared_memory.register(dataset)
-        return dataset
+            raise
+        except (KeyError, ValueError, OSError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise UserError(
+                f"shards of {', '.join(folder.name for folder in self.folders)}: cannot be opened: {reason}"
+            ) from error
 
     def _check_shards(self) -> None:
         """Compare each shard file that is there with the size and the number of samples its index names."""

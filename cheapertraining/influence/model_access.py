@@ -62,9 +62,7 @@ def sample_losses(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[
     """
     accepted = inspect.signature(model.forward).parameters
     if "input_ids" in accepted:
-        inputs: dict[str, Any] = {
-            name: batch[name] for name in _HF_INPUTS if name in accepted and name in batch
-        }
+        inputs: dict[str, Any] = {name: batch[name] for name in _HF_INPUTS if name in accepted and name in batch}
         if "use_cache" in accepted:
             inputs["use_cache"] = False
         outputs = model(**inputs)

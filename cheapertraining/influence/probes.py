@@ -73,9 +73,7 @@ class ProbeBank:
         samples: int = 12,
     ) -> None:
         if not loaders:
-            raise UserError(
-                "data.probes: expected at least one probe to measure against, found none. Add one."
-            )
+            raise UserError("data.probes: expected at least one probe to measure against, found none. Add one.")
         if samples < 1:
             raise UserError(f"probe_samples: expected at least 1, found {samples}.")
         self.names = tuple(loaders)
@@ -126,9 +124,7 @@ class ProbeBank:
             for accumulated, grad in zip(gradient, grads, strict=True):
                 if grad is not None:
                     accumulated += grad
-            totals.index_add_(
-                1, torch.tensor(positions, device=device), torch.stack([sums.detach(), tokens]) * counted
-            )
+            totals.index_add_(1, torch.tensor(positions, device=device), torch.stack([sums.detach(), tokens]) * counted)
         sum_over_ranks(totals)
         losses = ProbeLosses(indices, *totals.cpu().numpy())
         for accumulated in gradient:
@@ -140,11 +136,7 @@ class ProbeBank:
         """What the loader would yield for these samples, without touching its sampler or random state."""
         loader = self._loaders[name]
         dataset: Any = loader.dataset
-        rows = (
-            dataset.__getitems__(samples)
-            if hasattr(dataset, "__getitems__")
-            else [dataset[i] for i in samples]
-        )
+        rows = dataset.__getitems__(samples) if hasattr(dataset, "__getitems__") else [dataset[i] for i in samples]
         batch: dict[str, Any] = loader.collate_fn(rows)
         return batch
 
@@ -203,13 +195,9 @@ def _normalized(names: tuple[str, ...], weights: Mapping[str, float] | None) -> 
     given = dict.fromkeys(names, 1.0) if weights is None else dict(weights)
     for name, weight in given.items():
         if name not in names:
-            raise UserError(
-                f"probe weights: no probe is named '{name}' ({', '.join(names)}).{nearest(name, names)}"
-            )
+            raise UserError(f"probe weights: no probe is named '{name}' ({', '.join(names)}).{nearest(name, names)}")
         if not (math.isfinite(weight) and weight >= 0):
-            raise UserError(
-                f"data.probes.{name}.weight: expected a finite number of at least 0, found {weight}."
-            )
+            raise UserError(f"data.probes.{name}.weight: expected a finite number of at least 0, found {weight}.")
     if missing := [name for name in names if name not in given]:
         raise UserError(f"probe weights: expected one for each probe, found none for {', '.join(missing)}.")
     total = math.fsum(given.values())

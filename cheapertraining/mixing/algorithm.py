@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from composer.core import Algorithm, Event, Precision, State
 from composer.core.precision import get_precision_context
@@ -24,7 +25,7 @@ from composer.utils import dist
 from cheapertraining.errors import UserError
 from cheapertraining.influence.scorers import SourceInfluence
 from cheapertraining.influence.scorers.forward import LookAheadEstimator
-from cheapertraining.mixing.controller import Decision, MixtureController
+from cheapertraining.mixing.controller import Decision, MixtureController, Totals
 
 __all__ = ["OnlineMixing"]
 
@@ -89,6 +90,10 @@ class OnlineMixing(Algorithm):
         """The mixture's course is part of a run."""
         return True
 
+    def __repr__(self) -> str:
+        # Composer saves it; without an address it is the same on every rank and in every run.
+        return f"{type(self).__name__}({self.controller.strategy.name})"
+
     def match(self, event: Event, state: State) -> bool:
         return event in (
             Event.FIT_START,
@@ -116,6 +121,12 @@ class OnlineMixing(Algorithm):
             **super().state_dict(),
             "controller": self.controller.state_dict(),
             "estimator": None if self.estimator is None else self.estimator.state_dict(),
+            "logged": {
+                name: (float(loss), float(tokens))
+                for name, loss, tokens in zip(
+                    self.controller.source_names, self._logged.losses, self._logged.tokens, strict=True
+                )
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = False) -> None:
@@ -128,7 +139,8 @@ class OnlineMixing(Algorithm):
         if self.estimator is not None and state["estimator"] is not None:
             self.estimator.load_state_dict(state["estimator"])
         self._pending = None
-        self._logged = self.controller.totals
+        logged = np.array([state["logged"][name] for name in self.controller.source_names])
+        self._logged = Totals(logged[:, 0], logged[:, 1])
 
     def _begin(self, batch: int) -> None:
         if self.ledger_path is not None and dist.get_global_rank() == 0:
@@ -147,9 +159,7 @@ class OnlineMixing(Algorithm):
             ) from error
         count = len(self.controller.source_names)
         # A sum over a one-hot matrix, since scatter-adds on a GPU differ in the last bits from run to run.
-        one_hot = (source[None, :] == torch.arange(count, device=source.device)[:, None]).to(
-            sums.device, torch.float64
-        )
+        one_hot = (source[None, :] == torch.arange(count, device=source.device)[:, None]).to(sums.device, torch.float64)
         both = torch.stack([sums, tokens.to(sums.device)]).detach().double()
         added = (both[:, None, :] * one_hot[None]).sum(dim=2)
         self._batch_sums = added if self._batch_sums is None else self._batch_sums + added
@@ -192,11 +202,7 @@ class OnlineMixing(Algorithm):
         # Probe gradients may be as coarse as training's; the perturbed passes switch autocast off themselves.
         # In float16 a gradient without loss scaling underflows.
         coarse = state.precision == Precision.AMP_BF16
-        context = (
-            get_precision_context(state.precision, state.precision_config)
-            if coarse
-            else contextlib.nullcontext()
-        )
+        context = get_precision_context(state.precision, state.precision_config) if coarse else contextlib.nullcontext()
         with context:
             return self.estimator.measure(
                 state.model,

@@ -168,9 +168,7 @@ def _scale(wish: Array, lower: Array, upper: Array, total: float) -> Array:
     return np.asarray(np.clip(scale * wish, lower, upper))
 
 
-def repetition_caps(
-    used: Mapping[str, float], allowed: Mapping[str, float], horizon_tokens: float
-) -> dict[str, float]:
+def repetition_caps(used: Mapping[str, float], allowed: Mapping[str, float], horizon_tokens: float) -> dict[str, float]:
     """Upper bounds on weights, so that no source's allowance ends before the run does.
 
     ``(allowed - used) / horizon``: at exactly this weight the allowance lasts for the remaining horizon. 0
@@ -228,9 +226,7 @@ class Constraints:
             ("max_epochs", self.max_epochs),
         ):
             if limit is not None and not limit > 0:
-                raise UserError(
-                    f"{_KEY}.{key}: expected a positive number, or null for no limit, found {limit}."
-                )
+                raise UserError(f"{_KEY}.{key}: expected a positive number, or null for no limit, found {limit}.")
 
     def check(self, last: Mapping[str, float]) -> None:
         """Raise now, before training, the error that :meth:`project` would raise from these last weights."""
@@ -272,25 +268,17 @@ class Constraints:
         lower = _bound(self.floor, names, 0.0, f"{_KEY}.floor")
         upper = _bound(self.ceiling, names, 1.0, f"{_KEY}.ceiling")
         for i in np.flatnonzero(lower > upper):
-            raise UserError(
-                f"{_KEY}: floor {lower[i]} of source '{names[i]}' is above its ceiling {upper[i]}."
-            )
+            raise UserError(f"{_KEY}: floor {lower[i]} of source '{names[i]}' is above its ceiling {upper[i]}.")
         if (total := math.fsum(lower)) > 1 + TOLERANCE:
-            raise UserError(
-                f"{_KEY}.floor: the floors of {len(names)} sources sum to {total:.6g}, above 1; lower."
-            )
+            raise UserError(f"{_KEY}.floor: the floors of {len(names)} sources sum to {total:.6g}, above 1; lower.")
         if (total := math.fsum(upper)) < 1 - TOLERANCE:
-            raise UserError(
-                f"{_KEY}.ceiling: the ceilings of {len(names)} sources sum to {total:.6g}, below 1; raise."
-            )
+            raise UserError(f"{_KEY}.ceiling: the ceilings of {len(names)} sources sum to {total:.6g}, below 1; raise.")
         if not caps:
             return lower, upper
         cap = np.array([caps.get(name, math.inf) for name in names])
         total = math.fsum(np.minimum(cap, 1.0))
         if total <= 0:
-            raise UserError(
-                "max_epochs: every source has reached it. Raise max_epochs, add data, or train for less."
-            )
+            raise UserError("max_epochs: every source has reached it. Raise max_epochs, add data, or train for less.")
         if total < 1:
             cap = cap / total
         capped = np.minimum(upper, cap)
@@ -321,9 +309,7 @@ class Constraints:
         elif math.isfinite(reach):
             balls.append(Ball(ball.center, reach * (1 + 1e-9) + TOLERANCE))
 
-    def _conflict(
-        self, key: str, ball: Ball, reach: float, names: tuple[str, ...], lower: Array, upper: Array
-    ) -> str:
+    def _conflict(self, key: str, ball: Ball, reach: float, names: tuple[str, ...], lower: Array, upper: Array) -> str:
         around = "the prior" if key == "kl_prior" else "the last weights"
         outside = [
             f"'{name}' {weight:.4g} (allowed {low:.4g} to {high:.4g})"
@@ -343,22 +329,16 @@ class Constraints:
         return f"{_KEY}.{key}: {ball.radius} leaves no mixture: {because}; {needed}. Change one of these."
 
 
-def _array(
-    weights: Mapping[str, float], names: tuple[str, ...], what: str, *, normalize: bool = False
-) -> Array:
+def _array(weights: Mapping[str, float], names: tuple[str, ...], what: str, *, normalize: bool = False) -> Array:
     for name in weights:
         if name not in names:
-            raise UserError(
-                f"{what}: no source is named '{name}' (sources: {', '.join(names)}).{nearest(name, names)}"
-            )
+            raise UserError(f"{what}: no source is named '{name}' (sources: {', '.join(names)}).{nearest(name, names)}")
     if missing := [name for name in names if name not in weights]:
         raise UserError(f"{what}: expected a weight for each source, found none for {', '.join(missing)}.")
     values = np.array([float(weights[name]) for name in names])
     for name, value in zip(names, values, strict=True):
         if not (math.isfinite(value) and value >= 0):
-            raise UserError(
-                f"{what}: expected a finite number of at least 0 for source '{name}', found {value}."
-            )
+            raise UserError(f"{what}: expected a finite number of at least 0 for source '{name}', found {value}.")
     total = math.fsum(values)
     if total <= 0:
         raise UserError(f"{what}: expected a positive weight, found only zeros.")
@@ -370,7 +350,5 @@ def _bound(bound: float | Mapping[str, float], names: tuple[str, ...], default: 
         return np.full(len(names), float(bound))
     for name in bound:
         if name not in names:
-            raise UserError(
-                f"{key}: no source is named '{name}' (sources: {', '.join(names)}).{nearest(name, names)}"
-            )
+            raise UserError(f"{key}: no source is named '{name}' (sources: {', '.join(names)}).{nearest(name, names)}")
     return np.array([float(bound.get(name, default)) for name in names])

@@ -157,9 +157,7 @@ class MixtureController:
         horizon_tokens: int,
     ) -> None:
         if interval < 1:
-            raise UserError(
-                f"algorithms.online_mixing.interval: expected at least 1 batch, found {interval}."
-            )
+            raise UserError(f"algorithms.online_mixing.interval: expected at least 1 batch, found {interval}.")
         if warmup < 0:
             raise UserError(f"algorithms.online_mixing.warmup: expected at least 0 batches, found {warmup}.")
         self.mixture = mixture
@@ -265,9 +263,7 @@ class MixtureController:
         learning_rate: float | None,
     ) -> Decision:
         current = self.mixture.get_current_weights()
-        changed = weights is not None and any(
-            abs(weights[name] - current[name]) > _SAME for name in self.source_names
-        )
+        changed = weights is not None and any(abs(weights[name] - current[name]) > _SAME for name in self.source_names)
         effective = None
         if changed and weights is not None:
             effective = self.mixture.set_weights(weights, from_batch)
@@ -338,9 +334,7 @@ class MixtureController:
     def _sources(self) -> list[SourceInfo]:
         default = self.constraints.max_epochs
         limits = {name: default if own is None else own for name, own in self.mixture.max_epochs.items()}
-        return [
-            SourceInfo(name, self.mixture.available_tokens[name], limits[name]) for name in self.source_names
-        ]
+        return [SourceInfo(name, self.mixture.available_tokens[name], limits[name]) for name in self.source_names]
 
     def _with_prior(self) -> Constraints:
         """The constraints, with the run's first weights as prior where none is given."""
@@ -387,9 +381,7 @@ class MixtureController:
 
         def totals(sums: Mapping[str, Mapping[str, float | None]]) -> Totals:
             # A loss that was not finite is kept as None; NaN stays NaN in all means.
-            losses, tokens = (
-                [_number(sums[key][name]) for name in self.source_names] for key in ("losses", "tokens")
-            )
+            losses, tokens = ([_number(sums[key][name]) for name in self.source_names] for key in ("losses", "tokens"))
             return Totals(np.array(losses), np.array(tokens))
 
         self._prior = {name: float(state["prior"][name]) for name in self.source_names}

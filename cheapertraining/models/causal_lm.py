@@ -12,9 +12,10 @@ word, so this model passes none, and `isolation_of` proves on a tiny input that 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -290,19 +291,25 @@ def _load(folder: Path, attention: str | None, config: ModelConfig) -> PreTraine
         "local_files_only": True,
         "trust_remote_code": config.trust_remote_code,
         "torch_dtype": torch.float32,
+        "output_loading_info": True,
     }
     try:
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, **options)
+            model, found = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, **options)
         except ValueError:
             if config.attention != "auto" or attention is None:
                 raise
             # Chosen by us, not by the user: an architecture without flash attention gets what it has.
-            model = AutoModelForCausalLM.from_pretrained(folder, **options)
+            model, found = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise UserError(
             f"model.name_or_path: '{folder}' cannot be loaded as a causal language model: {error}"
         ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"model.name_or_path: the weights in '{folder}' lack {len(missing)} that its config.json asks for, such as "
+            f"{missing[0]}: the folder is incomplete or is not a causal language model"
+        )
     assert isinstance(model, PreTrainedModel)
     return model
 
@@ -321,9 +328,28 @@ def _logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, iso
     inputs: dict[str, Tensor] = {"input_ids": input_ids, "position_ids": position_ids}
     if isolation == "mask":
         inputs["attention_mask"] = _additive_mask(position_ids, next(model.parameters()).dtype)
-    logits = model(**inputs, use_cache=False).logits
+    with _runnable_attention(model, input_ids.device):
+        logits = model(**inputs, use_cache=False).logits
     assert isinstance(logits, Tensor)
     return logits
+
+
+@contextlib.contextmanager
+def _runnable_attention(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Fall back to sdpa where the configured kernel cannot run.
+
+    Flash kernels know half precision only, while influence estimates run in float32; flex attention needs CUDA, while
+    models are built on the CPU. All three take document bounds from the same position ids.
+    """
+    config, attention = model.config, model.config._attn_implementation
+    flash = attention == "flash_attention_2" and not torch.is_autocast_enabled(device.type)
+    flex = attention == "flex_attention" and device.type == "cpu"
+    if flash or flex:
+        config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = attention
 
 
 def _additive_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -376,17 +402,14 @@ def _leak(model: PreTrainedModel, isolation: Isolation) -> str | None:
     changed = row.clone()
     changed[0, :3] = torch.tensor([7, 8, 5], device=device)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]], device=device)
-    # Flash kernels do not run in float32, in which models are built; sdpa decides from the same position ids.
-    config, attention, training = model.config, model.config._attn_implementation, model.training
+    training = model.training
     model.eval()
     try:
-        config._attn_implementation = "sdpa" if attention.startswith("fl") else attention
         with torch.no_grad():
             before, after = (_logits(model, ids, positions, isolation)[0, 3:] for ids in (row, changed))
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         return f"it fails: {error}"
     finally:
-        config._attn_implementation = attention
         model.train(training)
     # Exactly zero in every dense model; a mixture of experts groups its tokens differently and so rounds differently.
     leak = float((before - after).abs().max() / before.abs().max())

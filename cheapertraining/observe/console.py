@@ -25,7 +25,7 @@ from cheapertraining.observe.evaluated import evaluated_loss
 if TYPE_CHECKING:
     from cheapertraining.data.mixing import MixedDataset
 
-__all__ = ["ConsoleLines", "progress_bar_fits"]
+__all__ = ["ConsoleLines", "progress_bar_fits", "say"]
 
 DIM, BOLD = "2", "1"
 
@@ -139,10 +139,17 @@ class ConsoleLines(Callback):
 
     def _print(self, line: str) -> None:
         if dist.get_global_rank() == 0:
-            tqdm.write(line, file=self._stream or sys.stdout)
+            say(line, self._stream)
 
     def _paint(self, text: str, style: str) -> str:
         return f"\033[{style}m{text}\033[0m" if _colours(self._stream or sys.stdout) else text
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print above any progress bar, to ``stream`` (standard output), at once even where that is a file or a pipe."""
+    stream = stream or sys.stdout
+    tqdm.write(text, file=stream)
+    stream.flush()
 
 
 def progress_bar_fits(stream: TextIO | None = None) -> bool:

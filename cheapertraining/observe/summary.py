@@ -6,15 +6,14 @@ MixtureSummary(mixture, folder=None, stream=None)      # Trainer(callbacks=[...]
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from cheapertraining.observe.console import say
 from cheapertraining.observe.evaluated import HELDOUT, evaluated_loss
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ class MixtureSummary(Callback):
         if dist.get_global_rank() != 0:
             return
         summary = self._summary(state)
-        tqdm.write("\n" + _table(summary) + "\n", file=self._stream or sys.stdout)
+        say(f"\n{_table(summary)}\n", self._stream)
         if self.folder is not None:
             folder = Path(format_name_with_dist(self.folder, state.run_name))
             folder.mkdir(parents=True, exist_ok=True)

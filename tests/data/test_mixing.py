@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -235,8 +236,8 @@ def test_unreachable_remote(data_config: dict[str, Any], tiny_sample: Path, tmp_
 KILLED = """
 import os
 from cheapertraining.data import get_loader, shared_memory
-if {early}:  # its segments are made, and it has not said so yet
-    shared_memory.register = lambda dataset: os.killpg(0, 9)
+if {early}:  # its segments are made, and nothing more
+    shared_memory.weakref.finalize = lambda *arguments: os.killpg(0, 9)
 next(iter(get_loader({config!r}, batch_size=4)))
 os.killpg(0, 9)
 """
@@ -261,3 +262,16 @@ def test_a_killed_process_leaves_nothing_that_stops_the_next(
     loader = get_loader(data_config, batch_size=4)
     segments = [file for file in Path("/dev/shm").glob("*_locals") if bytes(tmp_path) in file.read_bytes()]
     assert segments == [Path(f"/dev/shm/{loader.mixture.store._dataset._shm_prefix_int:06}_locals")]
+
+
+def test_open_files_do_not_grow_with_the_loaders_made(data_config: dict[str, Any]) -> None:
+    """Streaming alone keeps several files open for each data set that a process has ever made."""
+
+    def open_files_after(count: int) -> int:
+        for _ in range(count):
+            next(iter(get_loader(data_config, batch_size=4)))
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    few = open_files_after(2)
+    assert open_files_after(6) <= few + 2

@@ -352,7 +352,8 @@ def test_two_processes_train_as_one_and_end_on_a_signal(tiny_run: Path) -> None:
     assert process.returncode == 0, output + errors
     one, two = losses(tiny_run, "one"), losses(tiny_run)
     assert two.keys() == one.keys()
-    assert list(two.values()) == pytest.approx(list(one.values()), abs=1e-4)
+    # Two halves add up to the whole but for rounding, which grows to a difference one can see after some 30 steps.
+    assert [two[step] for step in range(1, 20)] == pytest.approx([one[step] for step in range(1, 20)], abs=3e-6)
 
 
 # ---- the front door ----------------------------------------------------------------------------------------
@@ -369,7 +370,7 @@ def test_missing_sample_is_one_line_that_says_what_to_run(tmp_path: Path) -> Non
     code, output, errors, seconds = front_door("mixed_pretrain", cwd=tmp_path)
     assert (code, output) == (2, "")
     assert errors == (
-        "data/sample/wiki/train: no shards here and of 7 more sources (expected index.json). Run: make sample\n"
+        "data/sample/wiki/train: no shards here, nor of 7 more sources (no index.json). Run: make sample\n"
     )
     assert seconds < 5  # without importing torch
 

@@ -81,7 +81,8 @@ def test_adam_s_direction_is_the_step_that_adam_would_take_without_momentum() ->
     model = tiny_llama().eval()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
     for step in range(3):
-        loss = model(**{"input_ids": random_batch(4, step)["input_ids"], "labels": random_batch(4, step)["labels"]}).loss
+        batch = random_batch(4, step)
+        loss = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -62,9 +62,7 @@ def test_the_order_of_sources_does_not_change_a_bit(
     wish, lower, upper, balls = problem
     order = np.random.default_rng(len(wish)).permutation(len(wish))
     straight = project_kl(wish, lower, upper, balls)
-    shuffled = project_kl(
-        wish[order], lower[order], upper[order], [Ball(b.center[order], b.radius) for b in balls]
-    )
+    shuffled = project_kl(wish[order], lower[order], upper[order], [Ball(b.center[order], b.radius) for b in balls])
     assert shuffled.tobytes() == straight[order].tobytes()
 
 
@@ -226,7 +224,7 @@ def test_a_weight_of_zero_under_a_floor_and_a_trust_region_is_a_clear_error() ->
 
 @pytest.mark.parametrize("bad", [{"floor": -0.1}, {"ceiling": 1.5}, {"kl_step": 0}, {"floor": {"a": math.nan}}])
 def test_values_out_of_range_are_refused(bad: dict[str, object]) -> None:
-    with pytest.raises(UserError, match="algorithms.online_mixing.constraints"):
+    with pytest.raises(UserError, match=r"algorithms\.online_mixing\.constraints"):
         Constraints(**bad)  # type: ignore[arg-type]
 
 

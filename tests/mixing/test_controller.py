@@ -255,7 +255,7 @@ def test_bad_numbers_are_refused(options: dict[str, int], message: str) -> None:
 
 
 def test_constraints_that_cannot_hold_are_refused_before_training() -> None:
-    with pytest.raises(UserError, match="floors of 3 sources sum to 1.5"):
+    with pytest.raises(UserError, match=r"floors of 3 sources sum to 1\.5"):
         controller_of(StaticStrategy(), constraints=Constraints(floor=0.5))
     with pytest.raises(UserError, match="kl_step"):
         controller_of(

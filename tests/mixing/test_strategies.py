@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tests.mixing.plan_mixture import measured
 
 from cheapertraining.errors import UserError
 from cheapertraining.influence.scorers import SourceInfluence
@@ -25,6 +24,7 @@ from cheapertraining.mixing import (
     UniMaxStrategy,
 )
 from cheapertraining.mixing.strategies.unimax import unimax_budgets
+from tests.mixing.plan_mixture import measured
 
 Array = NDArray[np.float64]
 NAMES = ("a", "b", "c")
@@ -115,7 +115,7 @@ def test_unimax_caps_small_sources_and_is_uniform_above() -> None:
 @settings(deadline=None)
 @given(st.lists(st.floats(1, 1e6), min_size=1, max_size=10), st.floats(1, 1e7))
 def test_unimax_is_water_filling(limits: list[float], budget: float) -> None:
-    """Defining property: nobody above its limit, and all that are below theirs are equal and no less than the others."""
+    """Defining property: none above its limit, and those below theirs are equal and not less than the others."""
     caps = np.array(limits)
     budgets = unimax_budgets(caps, budget)
     assert np.all(budgets <= caps * (1 + 1e-12))
@@ -155,7 +155,7 @@ def test_schedule_is_exact_at_knots_and_linear_between() -> None:
     [
         ([], "expected at least one point"),
         ([{"tokens": 0, "weights": {"a": 1}}, {"batch": 1, "weights": {"a": 1}}], "either `tokens`"),
-        ([{"tokens": 5, "weights": {"a": 1}}, {"tokens": 5, "weights": {"a": 1}}], "expected rising tokens, found 5 after 5"),
+        ([{"tokens": 5, "weights": {"a": 1}}] * 2, "expected rising tokens, found 5 after 5"),
         ([{"tokens": 5, "weights": {"d": 1}}], "no source is named 'd'"),
         ([{"tokens": 5, "weights": {"a": -1}}], "expected a weight of at least 0 for 'a'"),
         ([{"tokens": 5, "weights": {"a": 0}}], "expected a positive weight"),
@@ -177,13 +177,13 @@ def test_bad_schedules_are_refused(points: list[dict[str, object]], message: str
     ],
 )
 def test_settings_out_of_range_are_refused(make: object) -> None:
-    with pytest.raises(UserError, match="algorithms.online_mixing"):
+    with pytest.raises(UserError, match=r"algorithms\.online_mixing"):
         make()  # type: ignore[operator]
 
 
 # ---- influence ---------------------------------------------------------------------------------------------
 def test_clear_scores_step_as_exponentiated_gradient() -> None:
-    """With errors of nearly 0 all is beyond doubt, and the step is ``w * exp(eta * c / rms(c))``, worked here by hand."""
+    """With errors of nearly 0 all is beyond doubt, and the step is ``w * exp(eta * c / rms(c))``."""
     weights = np.array([0.5, 0.3, 0.2])
     scores = np.array([3.0, 1.0, -1.0])
     strategy = InfluenceStrategy(learning_rate=0.5, ema=0.0)

@@ -170,11 +170,16 @@ def test_load_from_a_local_folder(tiny: ModelConfig, pack: Any, tmp_path: Path, 
         build_causal_lm(ModelConfig(name_or_path=str(tmp_path)), 100)
 
 
-def test_folders_that_cannot_be_loaded(tmp_path: Path) -> None:
+def test_folders_that_cannot_be_loaded(tiny: ModelConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model.name_or_path: expected a local folder .*found '.*nowhere'"):
         build_causal_lm(ModelConfig(name_or_path=str(tmp_path / "nowhere")), 64)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="cannot be loaded as a causal language model"):
+        build_causal_lm(ModelConfig(name_or_path=str(tmp_path)), 64)
+    model = build_causal_lm(tiny, 64).model
+    weights = {name: tensor for name, tensor in model.state_dict().items() if "layers.1" not in name}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(UserError, match=r"lack 9 that its config.json asks for, such as model\.layers\.1"):
         build_causal_lm(ModelConfig(name_or_path=str(tmp_path)), 64)
 
 
@@ -200,6 +205,17 @@ def test_attention_that_needs_cuda_is_refused_without(attention: str) -> None:
     assert attention_for("auto", "fp32") is None
     with pytest.raises(UserError, match=r"set model\.attention=auto"):
         attention_for(attention, "amp_bf16")
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_kernels_that_cannot_run_in_float32_on_the_cpu_make_way(tiny: ModelConfig, pack: Any, attention: str) -> None:
+    model = build_causal_lm(tiny, 64).eval()
+    batch = pack([[_document(7, 1), _document(5, 2)]], 12)
+    expected = model(batch)["logits"]
+    model.model.config._attn_implementation = attention
+    assert torch.equal(model(batch)["logits"], expected)
+    assert isolation_of(model.model) == "positions"
+    assert model.model.config._attn_implementation == attention
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

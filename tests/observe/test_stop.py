@@ -27,7 +27,7 @@ def _run(folder: Path, arguments: list[str]) -> None:
     output = os.open(folder / "output", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     sys.argv = [str(SCRIPT), *arguments]
     tiny_trainer.main()
 

@@ -2,10 +2,10 @@
 
     python tools/bench/startup.py [--run yamls/mixed_pretrain.yaml] [--rounds 5] [key=value ...]
 
-Every measurement is a fresh process, files are in the disk cache, and printed are medians. `import cheapertraining.data` is
-compared with importing torch and numpy alone, in CPU time; wanted is less than 1.5 times. The run is the one that users
-start (make its data first: `make sample`), up to the end of its first step, in wall time; the baseline is a process
-that imports torch, transformers and Composer, and nothing else.
+Every measurement is a fresh process, files are in the disk cache, and printed are medians. Importing
+`cheapertraining.data` is compared with importing torch and numpy alone, in CPU time; wanted is less than 1.5 times. The
+run is the one that users start (make its data first: `make sample`), up to the end of its first step, in wall time;
+the baseline is a process that imports torch, transformers and Composer, and nothing else.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     python tools/bench/step.py [--hidden 64 256] [--steps 10] [--rounds 9]
 
-Both train the same model on the same batches (4 layers, 8 rows of 128 tokens, vocabulary 2,048) with the same optimizer,
-learning rates and clipping, on one thread. The trainers add what `yamls/mixed_pretrain.yaml` names, one part after the
-other. Contenders take turns of a few steps; printed are medians over the rounds of CPU-milliseconds a step and of
-the ratio to the bare loop in the same round. Wanted are at most 1.1 (hidden 64) and 1.03 (hidden 256) with everything on.
-That the work is the same is checked: all loss curves must agree.
+Both train the same model on the same batches (4 layers, 8 rows of 128 tokens, vocabulary 2,048) with the same
+optimizer, learning rates and clipping, on one thread. The trainers add what `yamls/mixed_pretrain.yaml` names, one part
+after the other. Contenders take turns of a few steps; printed are medians over the rounds of CPU-milliseconds a step
+and of the ratio to the bare loop in the same round. Wanted are at most 1.1 (hidden 64) and 1.03 (hidden 256). That the work
+is the same is checked: all loss curves must agree.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tools.bench._shards import library_texts, write_sources
 from tools.bench._trainer import StepClock, build_trainer, fit_quietly
 
 VOCAB, SEQ_LEN, ROWS, LAYERS = 2048, 128, 8, 4
-SOURCES = 4
+SOURCES, TEXT_BYTES = 4, 1_000_000
 # Each row of the table has what the rows above it have; `null` switches a part off.
 PARTS = {
     "Trainer": [],
@@ -176,7 +176,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        texts = library_texts(1_000_000)
+        texts = library_texts(TEXT_BYTES)
         sources = {f"part{i}": texts[i::SOURCES] for i in range(SOURCES)}
         write_sources(Path(name), sources, "part0", vocab_size=VOCAB, seq_len=SEQ_LEN)
         for hidden in given.hidden:

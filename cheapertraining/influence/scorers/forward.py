@@ -149,13 +149,9 @@ class LookAheadEstimator:
     ) -> None:
         _check_metric(metric)
         if source_samples < 2:
-            raise UserError(
-                f"source_samples: expected at least 2 (one has no standard error), found {source_samples}."
-            )
+            raise UserError(f"source_samples: expected at least 2 (one has no standard error), found {source_samples}.")
         if not 0 < step_size < 1:
-            raise UserError(
-                f"step_size: expected a relative step between 0 and 1, such as 1e-4, found {step_size}."
-            )
+            raise UserError(f"step_size: expected a relative step between 0 and 1, such as 1e-4, found {step_size}.")
         self.bank = ProbeBank(probes, probe_weights, probe_samples)
         self.mixture = mixture
         self.source_samples = source_samples
@@ -261,9 +257,7 @@ class LookAheadEstimator:
                 yield self._precondition(model, gradient, optimizer)
                 continue
             weighted = [part.mul_(weight) for part in gradient]
-            combined = (
-                weighted if combined is None else [a.add_(b) for a, b in zip(combined, weighted, strict=True)]
-            )
+            combined = weighted if combined is None else [a.add_(b) for a, b in zip(combined, weighted, strict=True)]
         if combined is not None:
             yield self._precondition(model, combined, optimizer)
 
@@ -273,9 +267,7 @@ class LookAheadEstimator:
         if self.metric == "raw":
             return gradient
         if optimizer is None:
-            raise UserError(
-                "metric 'adam': expected the optimizer, found none. Pass it to measure(), or use 'raw'."
-            )
+            raise UserError("metric 'adam': expected the optimizer, found none. Pass it to measure(), or use 'raw'.")
         return adam_direction(model, gradient, optimizer)
 
     def _per_source(

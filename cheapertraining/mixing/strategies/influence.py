@@ -22,7 +22,8 @@ the bound for the largest of ``K`` sources over ``L`` independent looks (the mov
 ``c_k`` beyond doubt is ``trust_k = max(0, 1 - (z * se_k / c_k)**2)`` (the non-negative garrote, Breiman
 1995).
 
-*Step.* With ``scale`` the root mean square of the centred scores, so that ``learning_rate`` (eta) has no unit,
+*Step.* With ``scale`` the root mean square of the centred scores, so that ``learning_rate`` (eta) has no
+unit,
 
     log(w_k / prior_k) <- (1 - _PULL * (1 - trust_k)) * log(w_k / prior_k) + eta * trust_k * c_k / scale.
 
@@ -47,6 +48,7 @@ _VERSION = 1
 _PULL = 0.2
 _PRIOR_DOF = 4.0
 _NEARLY_ZERO = 1e-12
+_LARGEST_EXPONENT = 700.0  # exp of it is still finite.
 
 
 class InfluenceStrategy:
@@ -110,9 +112,7 @@ class InfluenceStrategy:
         wish: Array = self._prior * np.exp(ratio - ratio.max())
         return np.asarray(wish / wish.sum())
 
-    def _centred(
-        self, scores: Array, errors: Array, samples: int, weights: Array
-    ) -> tuple[Array, Array, float]:
+    def _centred(self, scores: Array, errors: Array, samples: int, weights: Array) -> tuple[Array, Array, float]:
         """Take in a measurement; return centred mean scores, their variances, and the latter's d.o.f."""
         self._updates += 1
         keep, take = self.ema, 1 - self.ema
@@ -133,7 +133,8 @@ class InfluenceStrategy:
     def _z_squared(self, dof: float) -> float:
         looks = max(1.0, self._updates * (1 - self.ema))
         z = math.sqrt(self.threshold**2 + 2 * math.log(len(self._names) * looks))
-        return dof * math.expm1((z * (8 * dof + 3) / (8 * dof + 1)) ** 2 / dof)
+        exponent = (z * (8 * dof + 3) / (8 * dof + 1)) ** 2 / dof
+        return dof * math.expm1(min(exponent, _LARGEST_EXPONENT))
 
     def state_dict(self) -> dict[str, Any]:
         def by_name(values: Array) -> dict[str, float]:

@@ -35,8 +35,7 @@ class ProportionalStrategy(Stateless):
     def __init__(self, temperature: float = 1.0) -> None:
         if not temperature > 0:
             raise UserError(
-                "algorithms.online_mixing.proportional.temperature: expected a number above 0, "
-                f"found {temperature}."
+                f"algorithms.online_mixing.proportional.temperature: expected a number above 0, found {temperature}."
             )
         self.temperature = temperature
         self._weights: Array | None = None

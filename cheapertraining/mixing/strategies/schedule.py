@@ -44,13 +44,9 @@ class ScheduleStrategy(Stateless):
 
     def __init__(self, points: Sequence[Mapping[str, Any]]) -> None:
         if not points:
-            raise UserError(
-                f"{_KEY}: expected at least one point such as {{tokens: 0, weights: {{…}}}}, found none."
-            )
+            raise UserError(f"{_KEY}: expected at least one point such as {{tokens: 0, weights: {{…}}}}, found none.")
         units = {unit for point in points for unit in _UNITS if point.get(unit) is not None}
-        if len(units) != 1 or any(
-            sum(point.get(unit) is not None for unit in _UNITS) != 1 for point in points
-        ):
+        if len(units) != 1 or any(sum(point.get(unit) is not None for unit in _UNITS) != 1 for point in points):
             raise UserError(f"{_KEY}: expected either `tokens` in every point or `batch` in every point.")
         self.unit = units.pop()
         self._places = [float(point[self.unit]) for point in points]
@@ -67,9 +63,7 @@ class ScheduleStrategy(Stateless):
             where = f"{_KEY} ({self.unit} {place:.0f})"
             for name, weight in given.items():
                 if name not in names:
-                    raise UserError(
-                        f"{where}: no source is named '{name}' ({', '.join(names)}).{nearest(name, names)}"
-                    )
+                    raise UserError(f"{where}: no source is named '{name}' ({', '.join(names)}).{nearest(name, names)}")
                 if not (math.isfinite(weight) and weight >= 0):
                     raise UserError(f"{where}: expected a weight of at least 0 for '{name}', found {weight}.")
             total = math.fsum(given.values())

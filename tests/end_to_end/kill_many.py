@@ -1,0 +1,196 @@
+"""Kill a run with SIGKILL again and again, resume it each time, and hold it against the same run left in peace.
+
+    python tests/end_to_end/kill_many.py SAMPLE --kills 10 --processes 1
+
+SAMPLE is a folder with ``data.yaml`` and shards of the sources ``code``, ``docs`` and ``topics`` with rows of 32 tokens (the
+fixture ``tiny_sample``). Prints a line for each kill, then what differs, if anything. Exit code 0: nothing does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.end_to_end.real_runs import (
+    ROOT,
+    comparable_metrics,
+    decisions,
+    final_state,
+    finish,
+    launch,
+    model_hash,
+    segments_of,
+    write_yaml,
+)
+
+BATCHES = 120
+TRAIN = ROOT / "train.py"
+MOMENTS = ("starting", "batch", "saving")
+
+
+@dataclass
+class Kill:
+    """When to kill, and what was found there.
+
+    Attributes:
+        moment: ``starting``: while shards are being fetched and opened or the trainer is being built; ``batch``: anywhere
+            in a step or between two; ``saving``: while a checkpoint is being written.
+        batch: not before this many batches are trained (nothing for ``starting``).
+        delay: seconds to wait further.
+        whole: the launcher and all its processes, as when a machine is lost; or only one rank, as when it runs out of
+            memory.
+        found: what there was after the kill, for the table.
+    """
+
+    moment: str
+    batch: int
+    delay: float
+    whole: bool = True
+    found: str = ""
+
+    def wait(self, process: subprocess.Popen[str], run: Path, cache: Path) -> None:
+        """Return at the moment; fail where the run ends before."""
+        until = time.monotonic() + 240
+        while not self._come(run, cache):
+            assert process.poll() is None, f"ended before {self}: {process.communicate()[0]}"
+            assert time.monotonic() < until, f"{self} does not come"
+            time.sleep(0.0005)
+        time.sleep(self.delay)
+
+    def _come(self, run: Path, cache: Path) -> bool:
+        if self.moment == "starting":
+            return bool(segments_of(cache)) if cache.exists() else False
+        if last_step(run) < self.batch:
+            return False
+        return self.moment == "batch" or any((run / "checkpoints").glob(".unfinished-ep*"))
+
+
+def last_step(run: Path) -> int:
+    """Number of the last batch that is logged in full; -1 before there is a log."""
+    path = run / "metrics.jsonl"
+    for line in reversed(path.read_bytes().splitlines() if path.exists() else []):
+        with contextlib.suppress(ValueError, TypeError):  # being written
+            return int(json.loads(line)["step"])
+    return -1
+
+
+def random_kills(count: int, seed: int, only_whole: bool = False) -> list[Kill]:
+    """Kills spread over the run in order, with random moments and delays."""
+    generator = random.Random(seed)
+    kills = []
+    for number in range(count):
+        moment = MOMENTS[number % 3] if number < 3 else generator.choice(MOMENTS)
+        low, high = 4 + 108 * number // count, 4 + 108 * (number + 1) // count
+        delay = {"starting": 1.5, "batch": 0.03, "saving": 0.004}[moment] * generator.random()
+        kills.append(Kill(moment, generator.randrange(low, high), delay, only_whole or generator.random() < 0.7))
+    return kills
+
+
+def write_run(sample: Path, folder: Path) -> Path:
+    """A run whose shards are remote, with weights that training decides on."""
+    data = folder / "remote.yaml"
+    text = (sample / "data.yaml").read_text(encoding="utf-8")
+    data.write_text(
+        text.replace(f"local: {sample}", f"local: {folder}/cache\n  remote: {sample}\n  tokenizer: {sample}/tokenizer"),
+        encoding="utf-8",
+    )
+    mixing = {"strategy": "influence", "interval": "5ba", "warmup": "5ba"}
+    return write_yaml(
+        folder / "kill.yaml",
+        data,
+        max_duration=f"{BATCHES}ba",
+        save_interval="4ba",
+        train_loader={"global_batch_size": 12, "lag": 8, "num_workers": 1},
+        eval_loader={"batch_size": 16, "interval": "30ba", "subset_num_batches": 1},
+        algorithms={"gradient_clipping": {"threshold": 1.0}, "online_mixing": mixing},
+    )
+
+
+def start(processes: int, run_yaml: Path, name: str, *overrides: str) -> subprocess.Popen[str]:
+    """Start, or go on with, the run of this name; its downloads go to ``cache-<name>``."""
+    folder = run_yaml.parent
+    names = (f"run_name={name}", f"data.local={folder}/cache-{name}", "autoresume=true")
+    return launch(processes, TRAIN, str(run_yaml), *names, *overrides, folder=folder)
+
+
+def disturb(processes: int, run_yaml: Path, kills: Sequence[Kill]) -> None:
+    """Train the run ``disturbed`` to its end through all the kills."""
+    run, cache = run_yaml.parent / "runs" / "disturbed", run_yaml.parent / "cache-disturbed"
+    for kill in kills:
+        process = start(processes, run_yaml, "disturbed")
+        kill.wait(process, run, cache)
+        if kill.whole:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+        began = time.monotonic()
+        process.communicate(timeout=120)
+        took = time.monotonic() - began
+        assert process.returncode != 0
+        kill.found = f"{last_step(run):5d}  {_left(run, cache)}, launcher ended after {took:.1f} s"
+    finish(start(processes, run_yaml, "disturbed"))
+
+
+def _left(run: Path, cache: Path) -> str:
+    latest = run / "checkpoints" / "latest-rank0.pt"
+    checkpoint = os.readlink(latest) if latest.is_symlink() else "none"
+    half = len(list((run / "checkpoints").glob(".unfinished-*")))
+    return f"checkpoint {checkpoint}, {half} half-written, {len(segments_of(cache))} dataset in shared memory"
+
+
+def differences(folder: Path) -> list[str]:
+    """What is not the same in ``runs/disturbed`` and ``runs/undisturbed``, or should not be there."""
+    disturbed, undisturbed = folder / "runs" / "disturbed", folder / "runs" / "undisturbed"
+    ours, theirs = final_state(disturbed), final_state(undisturbed)
+    logs = comparable_metrics(disturbed), comparable_metrics(undisturbed)
+    found = [f"{name} differ" for name, same in {
+        "model weights": model_hash(ours) == model_hash(theirs),
+        "mixture states": ours["dataset_state"] == theirs["dataset_state"],
+        "mixing decisions": decisions(ours) == decisions(theirs),
+        "logged steps": list(logs[0]) == list(logs[1]),
+    }.items() if not same]  # fmt: skip
+    for step in sorted(logs[0].keys() & logs[1].keys()):
+        one, other = logs[0][step], logs[1][step]
+        if names := [name for name in one.keys() | other.keys() if one.get(name) != other.get(name)]:
+            found.append(f"step {step}: {', '.join(sorted(names))}")
+    if segments := segments_of(folder / "cache-disturbed"):
+        found.append(f"shared memory stayed: {segments}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sample", type=Path)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        run_yaml = write_run(arguments.sample.resolve(), Path(name))
+        finish(start(arguments.processes, run_yaml, "undisturbed"))
+        kills = random_kills(arguments.kills, arguments.seed)
+        disturb(arguments.processes, run_yaml, kills)
+        print("kill  moment    not before  whole  last step")
+        for number, kill in enumerate(kills):
+            print(f"{number:4d}  {kill.moment:8s}  {kill.batch:10d}  {kill.whole!s:5s}  {kill.found}")
+        found = differences(Path(name))
+        print("\n".join(found) or "the disturbed run equals the undisturbed one")
+        return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
