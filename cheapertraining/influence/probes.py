@@ -70,7 +70,7 @@ class ProbeBank:
         self,
         loaders: Mapping[str, DataLoader[Any]],
         weights: Mapping[str, float] | None = None,
-        samples: int = 12,
+        samples: int = 8,
     ) -> None:
         if not loaders:
             raise UserError("data.probes: expected at least one probe to measure against, found none. Add one.")

@@ -22,9 +22,7 @@ def bench(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Module
 
 
 @pytest.mark.parametrize("name", ["adaptation", "loader", "mixing_overhead", "plan", "startup", "step"])
-def test_help_gives_the_command(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_gives_the_command(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         bench(name, monkeypatch, "--help").main()
     assert f"python tools/bench/{name}.py" in capsys.readouterr().out
@@ -81,7 +79,12 @@ def test_startup_marks_every_part(monkeypatch: pytest.MonkeyPatch, tiny_run: Pat
 def test_adaptation_runs_once_and_prints_each_seed(
     monkeypatch: pytest.MonkeyPatch, tiny_sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys = [f"compose.data={tiny_sample}/data.yaml", "max_duration=4ba", "train_loader.global_batch_size=8", *TINY_MODEL]
+    keys = [
+        f"compose.data={tiny_sample}/data.yaml",
+        "max_duration=4ba",
+        "train_loader.global_batch_size=8",
+        *TINY_MODEL,
+    ]
     module = bench("adaptation", monkeypatch, *keys, "--out", str(tmp_path), "--seeds", "3")
     module.main()
     first = capsys.readouterr().out

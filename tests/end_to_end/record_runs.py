@@ -56,8 +56,8 @@ def train(label: str, yaml: str, overrides: list[str], stop: int | None, folder:
     path = folder / f"{label}.rank{os.environ.get('RANK', '0')}.jsonl"
     build = training.build_callbacks
 
-    def with_recorder(config: Any, loader: Any, run_folder: Path) -> list[Callback]:
-        return [*build(config, loader, run_folder), Recorder(loader.mixture, path, stop)]
+    def with_recorder(config: Any, loader: Any, *more: Any) -> list[Callback]:
+        return [*build(config, loader, *more), Recorder(loader.mixture, path, stop)]
 
     training.build_callbacks = with_recorder
     try:

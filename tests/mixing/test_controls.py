@@ -6,8 +6,8 @@ measurement to the next. Samples have heavy tails. Default settings, 4 samples a
 
 * null (2, 5, 8, 16 equal sources, 500 decisions): 3, 4, 2, 3 % of the runs ever leave the band of 10 % around uniform,
   for less than 0.1 % of the decisions; in the first 15 decisions 1 % or less.
-* rigged (8 sources, one leads by 0.8, 1, 1.4, 1.8, 3 standard deviations): it passes half of the weight after 21, 10, 5,
-  4, 2 decisions (median), and in all runs within 100.
+* rigged (8 sources, one leads by 0.8, 1, 1.4, 1.8, 3 standard deviations): it passes half of the weight after 21, 10,
+  5, 4, 2 decisions (median), and in all runs within 100.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from composer.loggers import Logger
 from cheapertraining import training
 from cheapertraining.config import RunConfig
 
-__all__ = ["StepClock", "build_trainer", "fit_quietly"]
+__all__ = ["StepClock", "build_trainer", "close_quietly", "fit_quietly"]
 
 
 class StepClock(Callback):
@@ -51,6 +51,12 @@ def fit_quietly(trainer: Trainer, batches: int) -> None:
     """Train for some batches more; what it prints goes nowhere."""
     with silence():
         trainer.fit(duration=f"{batches}ba")
+
+
+def close_quietly(trainer: Trainer) -> None:
+    """End the trainer's logs."""
+    with silence():
+        trainer.close()
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from composer.loggers import Logger
 from cheapertraining.config import RunConfig, load_run_config, split_duration
 from cheapertraining.data import MixedDataset
 from tools.bench._shards import library_texts, write_sources
-from tools.bench._trainer import StepClock, build_trainer, fit_quietly
+from tools.bench._trainer import StepClock, build_trainer, close_quietly, fit_quietly
 
 SOURCES, VOCAB, SEQ_LEN = 8, 8192, 128
 TEXT_BYTES = 2_000_000
@@ -82,7 +82,7 @@ def compare_costs(folder: Path, overrides: list[str], rounds: int) -> None:
                 plain[name].append(statistics.fmean(others))
                 last[name].append(end)
     for trainer in trainers.values():
-        trainer.close()
+        close_quietly(trainer)
     # The first step of a turn, which also starts a fit, is not among those measured: it is put at their mean.
     whole = {
         name: [(interval - 1) * mean + end for mean, end in zip(plain[name], last[name], strict=True)]
@@ -159,7 +159,7 @@ def count_lags(folder: Path, overrides: list[str], workers: int) -> None:
     trainer = build_trainer(config, counter)
     counter.mixture = trainer.state.train_dataloader.dataset
     fit_quietly(trainer, places[-1] + 2)
-    trainer.close()
+    close_quietly(trainer)
     print(f"lag of {lag} batches, {workers} workers: {counter.lags}")
     if counter.lags != [lag] * LAG_CHANGES:
         raise SystemExit(f"expected {LAG_CHANGES} changes, each after {lag} batches")

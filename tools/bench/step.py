@@ -5,8 +5,8 @@
 Both train the same model on the same batches (4 layers, 8 rows of 128 tokens, vocabulary 2,048) with the same
 optimizer, learning rates and clipping, on one thread. The trainers add what `yamls/mixed_pretrain.yaml` names, one part
 after the other. Contenders take turns of a few steps; printed are medians over the rounds of CPU-milliseconds a step
-and of the ratio to the bare loop in the same round. Wanted are at most 1.1 (hidden 64) and 1.03 (hidden 256). That the work
-is the same is checked: all loss curves must agree.
+and of the ratio to the bare loop in the same round. Wanted are at most 1.1 (hidden 64) and 1.03 (hidden 256). That the
+work is the same is checked: all loss curves must agree.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -26,10 +26,11 @@ from torch.nn import functional
 from cheapertraining.builders import build_loader, build_model, build_optimizer, build_tokenizer, lr_multiplier
 from cheapertraining.config import RunConfig, load_run_config, split_duration
 from tools.bench._shards import library_texts, write_sources
-from tools.bench._trainer import StepClock, build_trainer, fit_quietly
+from tools.bench._trainer import StepClock, build_trainer, close_quietly, fit_quietly
 
 VOCAB, SEQ_LEN, ROWS, LAYERS = 2048, 128, 8, 4
 SOURCES, TEXT_BYTES = 4, 1_000_000
+BARE = "bare loop"
 # Each row of the table has what the rows above it have; `null` switches a part off.
 PARTS = {
     "Trainer": [],
@@ -80,7 +81,7 @@ def run_config(folder: Path, hidden: int, name: str, off: list[str]) -> RunConfi
     )
 
 
-def bare_loop(config: RunConfig) -> Iterator[tuple[float, float]]:
+def bare_loop(config: RunConfig) -> Generator[tuple[float, float], None, None]:
     """Train without a trainer, one step at each ``next``; yields CPU-seconds and loss."""
     tokenizer = build_tokenizer(config)
     model = build_model(config, tokenizer, "fp32").model
@@ -106,51 +107,64 @@ def bare_loop(config: RunConfig) -> Iterator[tuple[float, float]]:
         start = time.process_time()
 
 
-def contenders(folder: Path, hidden: int) -> tuple[dict[str, Callable[[int], list[float]]], dict[str, list[float]]]:
-    """By name, a function that trains for ``n`` steps and returns the CPU-seconds of each; and all losses so far."""
-    losses: dict[str, list[float]] = {}
-    run: dict[str, Callable[[int], list[float]]] = {}
+class BareContender:
+    """The bare loop, a turn at a time; ``losses`` has all so far."""
 
-    def add_bare(config: RunConfig) -> None:
-        steps = bare_loop(config)
-        losses["bare loop"] = curve = []
+    def __init__(self, config: RunConfig) -> None:
+        self.losses: list[float] = []
+        self._steps = bare_loop(config)
 
-        def turn(count: int) -> list[float]:
-            taken = [next(steps) for _ in range(count + 1)]
-            curve.extend(loss for _, loss in taken)
-            return [seconds for seconds, _ in taken[1:]]
+    def turn(self, steps: int) -> list[float]:
+        """Train; CPU-seconds of each step but for one more at the beginning."""
+        taken = [next(self._steps) for _ in range(steps + 1)]
+        self.losses += [loss for _, loss in taken]
+        return [seconds for seconds, _ in taken[1:]]
 
-        run["bare loop"] = turn
+    def close(self) -> None:
+        self._steps.close()
 
-    def add_trainer(name: str, config: RunConfig) -> None:
-        clock, recorder = StepClock(), Losses()
-        trainer = build_trainer(config, recorder, clock)
-        losses[name] = recorder.values
 
-        def turn(count: int) -> list[float]:
-            fit_quietly(trainer, count + 1)
-            return clock.steps()
+class TrainerContender:
+    """A Composer trainer, a turn at a time."""
 
-        run[name] = turn
+    def __init__(self, config: RunConfig) -> None:
+        self._clock, recorder = StepClock(), Losses()
+        self.losses = recorder.values
+        self._trainer = build_trainer(config, recorder, self._clock)
 
+    def turn(self, steps: int) -> list[float]:
+        """As that of the bare loop."""
+        fit_quietly(self._trainer, steps + 1)
+        return self._clock.steps()
+
+    def close(self) -> None:
+        close_quietly(self._trainer)
+
+
+def contenders(folder: Path, hidden: int) -> dict[str, BareContender | TrainerContender]:
+    """By the names that the table gives them."""
     off = [part for parts in PARTS.values() for part in parts]
-    add_bare(run_config(folder, hidden, "bare", off))
+    found: dict[str, BareContender | TrainerContender] = {
+        BARE: BareContender(run_config(folder, hidden, BARE, off)),
+    }
     for name, parts in PARTS.items():
         off = [part for part in off if part not in parts]
-        add_trainer(name, run_config(folder, hidden, name, off))
-    return run, losses
+        found[name] = TrainerContender(run_config(folder, hidden, name, off))
+    return found
 
 
 def compare(folder: Path, hidden: int, steps: int, rounds: int) -> None:
     """Print one table."""
-    run, losses = contenders(folder, hidden)
-    times: dict[str, list[float]] = {name: [] for name in run}
+    found = contenders(folder, hidden)
+    times: dict[str, list[float]] = {name: [] for name in found}
     for number in range(rounds + 1):
-        for name, turn in run.items():
-            mean = 1e3 * statistics.fmean(turn(steps))
+        for name, contender in found.items():
+            mean = 1e3 * statistics.fmean(contender.turn(steps))
             if number:  # the first round warms up
                 times[name].append(mean)
-    bare = times["bare loop"]
+    for contender in found.values():
+        contender.close()
+    bare = times[BARE]
     before = 0.0
     print(f"hidden {hidden}: CPU-ms a step, ratio to the bare loop, added by this part")
     for name, values in times.items():
@@ -158,11 +172,8 @@ def compare(folder: Path, hidden: int, steps: int, rounds: int) -> None:
         ratio = statistics.median(value / base for value, base in zip(values, bare, strict=True))
         print(f"  {name:18s} {milliseconds:8.2f} {ratio:7.3f} {milliseconds - before:+8.2f}", flush=True)
         before = milliseconds
-    worst = max(
-        abs(mine - theirs)
-        for values in losses.values()
-        for mine, theirs in zip(values, losses["bare loop"], strict=True)
-    )
+    curves = [contender.losses for contender in found.values()]
+    worst = max(max(losses) - min(losses) for losses in zip(*curves, strict=True))
     print(f"  largest difference of two losses of the same step: {worst:.1e}")
     if worst > 1e-3:
         raise SystemExit("the contenders did not do the same work: their losses differ")
