@@ -28,7 +28,7 @@ sample: $(INSTALLED)  ## make the sample corpus in data/sample
 	@$(BIN)/python tools/prepare_sample.py
 
 train: sample  ## train on the sample; ARGS='optimizer.lr=1e-3 max_duration=100ba' overrides keys
-	$(BIN)/composer -n $(NPROC) train.py yamls/mixed_pretrain.yaml $(ARGS)
+	$(BIN)/composer -n $(NPROC) train.py yamls/mixed_pretrain.yaml compose.data=data/sample/data.yaml $(ARGS)
 
 test: $(INSTALLED)  ## run all tests; ARGS='-k plan' chooses
 	$(TEST_ENV) $(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)

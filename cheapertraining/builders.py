@@ -17,6 +17,7 @@ from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
 from composer.core import Algorithm, Callback, DataSpec, Evaluator, State
 from composer.loggers import LoggerDestination, WandBLogger
 from composer.optim import ComposerScheduler
+from composer.utils import dist
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
@@ -68,8 +69,8 @@ def resolve_precision(config: RunConfig, device: Device) -> Precision:
     """``auto`` is bfloat16 autocast on CUDA and float32 on CPU."""
     if config.precision == "auto":
         return "amp_bf16" if device == "gpu" else "fp32"
-    if config.precision == "amp_fp16" and device == "cpu":
-        raise UserError("precision: amp_fp16 does not train on a CPU. Use precision=fp32 or precision=amp_bf16.")
+    if config.precision != "fp32" and device == "cpu":
+        raise UserError(f"precision: {config.precision} needs a GPU. Use precision=fp32 or precision=auto.")
     return config.precision
 
 
@@ -212,9 +213,7 @@ def build_strategy(config: OnlineMixingConfig) -> Strategy:
     if config.strategy == "schedule":
         return ScheduleStrategy([asdict(point) for point in config.schedule.points])
     influence = config.influence
-    return InfluenceStrategy(
-        learning_rate=influence.learning_rate, ema=influence.ema, threshold=influence.threshold
-    )
+    return InfluenceStrategy(learning_rate=influence.learning_rate, ema=influence.ema, threshold=influence.threshold)
 
 
 def build_online_mixing(
@@ -306,6 +305,8 @@ def build_wandb_logger(config: WandbConfig, folder: Path) -> WandBLogger:
     mode = wandb_mode(config, os.environ)
     # Its summary of all metrics would push the table of the mixture off the screen.
     settings = wandb.Settings(quiet=True, silent=mode not in ("online", "run", "shared"))
+    if dist.get_global_rank() == 0:
+        wandb.setup(settings)  # or its first lines come before the settings are known
     start: dict[str, Any] = {"mode": mode, "dir": str(folder), "settings": settings}
     return WandBLogger(project=config.project, entity=config.entity, init_kwargs=start)
 

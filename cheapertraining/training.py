@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -46,6 +47,8 @@ def train(config: RunConfig) -> Trainer:
         UserError: anything a user can put right, from a wrong batch size to a full disk.
         SystemExit: the run was told to end (SIGTERM); its checkpoint is saved.
     """
+    # The last batch of an evaluation is smaller than a microbatch, as it may be.
+    warnings.filterwarnings("ignore", message="Cannot split tensor of length")
     device = resolve_device(config)
     precision = resolve_precision(config, device)
     _start_processes(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import resource
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ.pop("WANDB_API_KEY", None)
+
+# Streaming keeps shared memory open until the process ends, some 20 files a loader: more than the usual limit of 1,024
+# for a process that makes the loaders of a whole test file.
+_SOFT, _HARD = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (max(_SOFT, min(_HARD, 8192)), _HARD))
 
 TINY_SOURCES = ("code", "docs", "topics")
 TINY_SEQ_LEN = 32

@@ -91,8 +91,9 @@ def test_automatic_choices_without_gpu(config: RunConfig) -> None:
 
 
 def test_impossible_choices(config: RunConfig) -> None:
-    config.precision = "amp_fp16"
-    with pytest.raises(UserError, match="amp_fp16 does not train on a CPU"):
+    config.precision = "amp_bf16"
+    assert resolve_precision(config, "gpu") == "amp_bf16"
+    with pytest.raises(UserError, match="precision: amp_bf16 needs a GPU"):
         resolve_precision(config, "cpu")
     if not torch.cuda.is_available():
         config.device = "gpu"
@@ -134,7 +135,7 @@ def test_wandb_online_without_a_key_is_refused_not_asked_for(
 
 
 def test_wandb_mode_of_the_environment_is_checked(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="WANDB_MODE in the environment: expected one of online, .* found ''"):
+    with pytest.raises(UserError, match=r"WANDB_MODE in the environment: expected one of online, .* found ''"):
         wandb_mode(WandbConfig(), {"HOME": str(tmp_path), "WANDB_MODE": ""})
 
 

@@ -56,7 +56,7 @@ def test_sample_run_is_as_documented() -> None:
     expected = ["wiki", "math", "code", "docs", "chat", "parliament", "faq", "noise"]
     assert list(config.data.sources) == expected
     assert (config.data.seq_len, config.train_loader.global_batch_size, config.max_duration) == (128, 32, "300ba")
-    assert config.data.probes["math"].source == "math"
+    assert config.data.probes["code"].source == "code"
     assert config.algorithms.online_mixing is not None
     assert config.algorithms.online_mixing.strategy == "influence"
 

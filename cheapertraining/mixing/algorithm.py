@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from composer.core import Algorithm, Event, Precision, State
 from composer.core.precision import get_precision_context
@@ -121,12 +120,7 @@ class OnlineMixing(Algorithm):
             **super().state_dict(),
             "controller": self.controller.state_dict(),
             "estimator": None if self.estimator is None else self.estimator.state_dict(),
-            "logged": {
-                name: (float(loss), float(tokens))
-                for name, loss, tokens in zip(
-                    self.controller.source_names, self._logged.losses, self._logged.tokens, strict=True
-                )
-            },
+            "logged": self._logged.by_name(self.controller.source_names),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = False) -> None:
@@ -139,8 +133,7 @@ class OnlineMixing(Algorithm):
         if self.estimator is not None and state["estimator"] is not None:
             self.estimator.load_state_dict(state["estimator"])
         self._pending = None
-        logged = np.array([state["logged"][name] for name in self.controller.source_names])
-        self._logged = Totals(logged[:, 0], logged[:, 1])
+        self._logged = Totals.of(state["logged"], self.controller.source_names)
 
     def _begin(self, batch: int) -> None:
         if self.ledger_path is not None and dist.get_global_rank() == 0:

@@ -130,6 +130,19 @@ class Totals:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(tokens > 0, (self.losses - earlier.losses) / tokens, np.nan)
 
+    def by_name(self, names: Sequence[str]) -> dict[str, list[float | None]]:
+        """JSON-able: ``[losses, tokens]`` of each source. A loss that is not finite becomes None."""
+        return {
+            name: [_finite(loss), _finite(tokens)]
+            for name, loss, tokens in zip(names, self.losses, self.tokens, strict=True)
+        }
+
+    @classmethod
+    def of(cls, sums: Mapping[str, Sequence[float | None]], names: Sequence[str]) -> Totals:
+        """The inverse of :meth:`by_name`; None becomes NaN, and so do all means behind it."""
+        losses, tokens = ([_number(sums[name][row]) for name in names] for row in range(2))
+        return cls(np.array(losses), np.array(tokens))
+
 
 class MixtureController:
     """Decides on a mixture's weights while it is trained on.
@@ -350,17 +363,13 @@ class MixtureController:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state: totals, strategy, the latest decisions; everything by source name."""
-
-        def totals(sums: Totals) -> dict[str, dict[str, float | None]]:
-            return {"losses": self._by_name(sums.losses), "tokens": self._by_name(sums.tokens)}
-
         return {
             "version": _STATE_VERSION,
             "sources": list(self.source_names),
             "prior": dict(self._prior),
             "measurements": self.measurements,
-            "totals": totals(self.totals),
-            "at_decision": totals(self._at_decision),
+            "totals": self.totals.by_name(self.source_names),
+            "at_decision": self._at_decision.by_name(self.source_names),
             "history": [decision.to_dict() for decision in self.history[-_KEPT:]],
             "strategy": {"name": self.strategy.name, "state": self.strategy.state_dict()},
         }
@@ -378,16 +387,11 @@ class MixtureController:
                 f"checkpoint: its mixture has the sources {_listed(state['sources'])}; this run has "
                 f"{_listed(self.source_names)}. Resume with the same sources, or start a new run."
             )
-
-        def totals(sums: Mapping[str, Mapping[str, float | None]]) -> Totals:
-            # A loss that was not finite is kept as None; NaN stays NaN in all means.
-            losses, tokens = ([_number(sums[key][name]) for name in self.source_names] for key in ("losses", "tokens"))
-            return Totals(np.array(losses), np.array(tokens))
-
         self._prior = {name: float(state["prior"][name]) for name in self.source_names}
         self._constraints = self._with_prior()
         self.measurements = int(state["measurements"])
-        self.totals, self._at_decision = totals(state["totals"]), totals(state["at_decision"])
+        self.totals = Totals.of(state["totals"], self.source_names)
+        self._at_decision = Totals.of(state["at_decision"], self.source_names)
         self.history = [Decision(**decision) for decision in state["history"]]
         self._reset_strategy()
         saved = state["strategy"]

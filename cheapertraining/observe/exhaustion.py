@@ -24,4 +24,8 @@ class StopWhenExhausted(Callback):
             if dist.get_global_rank() == 0:
                 ended = f"The data ended after {state.timestamp.batch.value} batches"
                 print(f"{ended}: {self.mixture.exhausted}", flush=True)
+            # The end of the data is not the end of an epoch: a checkpoint counts the samples since the epoch began, and
+            # must count all of them, or a resumed run would train on the data again.
+            assert state.previous_timestamp is not None
+            state.timestamp = state.previous_timestamp
             state.stop_training()  # type: ignore[no-untyped-call]

@@ -22,15 +22,18 @@ SOURCES = ("a", "b", "c", "d")
 
 
 def library() -> list[str]:
-    """Real text of one kind: top-level definitions of the standard library, a few hundred to two thousand characters."""
-    files = sorted(Path(os.__file__).parent.glob("[a-f]*.py"))
-    pieces = [piece for file in files for piece in file.read_text(encoding="utf-8").split("\n\n\n")]
-    return [piece for piece in dict.fromkeys(pieces) if 300 <= len(piece) <= 2000]
+    """Some 4,000 documents of one kind, paragraphs of the standard library's code.
+
+    They are many and short on purpose: splits of few long documents are not alike, each has topics of its own.
+    """
+    files = sorted(Path(os.__file__).parent.glob("*.py"))
+    pieces = [piece for file in files for piece in file.read_text(encoding="utf-8").split("\n\n")]
+    return [piece for piece in dict.fromkeys(pieces) if 120 <= len(piece) <= 600]
 
 
 def write_corpus(folder: Path, sources: Mapping[str, Sequence[str]], probe: Sequence[str]) -> Path:
     """Shards of the sources and of a probe that is none of them; returns the data yaml."""
-    texts = [text for documents in sources.values() for text in documents[:40]]
+    texts = [text for documents in sources.values() for text in documents[:200]]
     tokenizer = train_bpe(texts, 512, folder / "tokenizer")
 
     def write(name: str, split: str, documents: Sequence[str], tokenizer: TokenizerWrapper) -> None:
@@ -72,7 +75,7 @@ def write_null(folder: Path) -> Path:
     """Random splits of one corpus; the probe is another."""
     documents = library()
     random.Random(0).shuffle(documents)
-    probe, rest = documents[:100], documents[100:]
+    probe, rest = documents[:400], documents[400:]
     return write_corpus(folder, {name: rest[i :: len(SOURCES)] for i, name in enumerate(SOURCES)}, probe)
 
 
@@ -81,11 +84,11 @@ def write_rigged(folder: Path) -> Path:
     documents = library()
     generator = random.Random(0)
     generator.shuffle(documents)
-    probe, target = documents[:100], documents[100:400]
+    probe, target = documents[:400], documents[400:1400]
     shuffled = ["".join(generator.sample(text, len(text))) for text in target]
-    encoded = [base64.b64encode(generator.randbytes(900)).decode() for _ in target]
+    encoded = [base64.b64encode(generator.randbytes(200)).decode() for _ in target]
     words = ["".join(generator.choices("bcdfg", k=5)) for _ in range(50)]
-    nonsense = [" ".join(generator.choices(words, k=200)) for _ in target]
+    nonsense = [" ".join(generator.choices(words, k=50)) for _ in target]
     return write_corpus(folder, {"a": target, "b": shuffled, "c": encoded, "d": nonsense}, probe)
 
 

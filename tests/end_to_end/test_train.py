@@ -124,15 +124,18 @@ def test_duration_in_other_units(tiny_run: Path, duration: str) -> None:
 
 
 def test_run_ends_when_the_data_does(tiny_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    trainer = run(
-        tiny_run, "max_duration=500ba", "data.on_exhaustion=stop", "data.sources.code.weight=0",
-        "data.sources.topics.weight=0", "eval_loader.interval=100ba", "save_interval=100ba",
+    settings = (
+        "max_duration=500ba", "data.on_exhaustion=stop", "data.sources.code.weight=0",
+        "data.sources.topics.weight=0", "eval_loader.interval=100ba", "save_interval=100ba", "autoresume=true",
     )  # fmt: skip
-    batches = trainer.state.timestamp.batch.value
-    docs = json.loads((Path(trainer.state.dataloader.dataset.store.folders[1].local) / "meta.json").read_text())
-    assert batches == docs["samples"] // 12
-    assert f"The data ended after {batches} batches" in capfd.readouterr().out
-    assert latest(tiny_run).endswith(f"-ba{batches}-rank0.pt")
+    docs = Path(load_run_config(tiny_run).data.local) / "docs" / "train" / "meta.json"
+    batches = json.loads(docs.read_text())["samples"] // 12
+    for _ in range(2):  # resuming finds that there is nothing more
+        trainer = run(tiny_run, *settings)
+        assert trainer.state.timestamp.batch == batches
+        assert f"The data ended after {batches} batches" in capfd.readouterr().out
+        assert latest(tiny_run) == f"ep0-ba{batches}-rank0.pt"
+        assert max(metrics(tiny_run)) == batches
 
 
 def test_online_mixing_changes_the_mixture(tiny_run: Path) -> None:

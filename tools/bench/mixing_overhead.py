@@ -144,6 +144,7 @@ def count_lags(folder: Path, overrides: list[str], workers: int) -> None:
         folder,
         f"lag{workers}",
         [
+            *overrides,
             f"train_loader.num_workers={workers}",
             f"{MIXING}.strategy=schedule",
             f"{MIXING}.schedule.points=[{points}]",
@@ -153,7 +154,6 @@ def count_lags(folder: Path, overrides: list[str], workers: int) -> None:
             "model.hidden_size=16",
             "model.intermediate_size=32",
             "model.num_layers=1",
-            *overrides,
         ],
     )
     trainer = build_trainer(config, counter)

@@ -27,7 +27,7 @@ __all__ = ["MARKER", "Options", "prepare"]
 
 MARKER = "sample.json"
 _DOWNLOADS = ".downloads"
-_PROBE, _PROBE_WITHOUT_REGISTRY = "math", "docs"
+_PROBE = "code"  # comes from the interpreter, so it is there without the registry too
 _NOISE_SHARE = 4  # noise gets a quarter of the bytes of another source
 
 Splits = dict[str, list[Document]]
@@ -65,8 +65,7 @@ def prepare(options: Options, report: Report = print) -> bool:
     sources, without_registry = _collect(options, report)
     splits = _deduplicate_and_split(sources, options, report)
     metas = _write_shards(sources, splits, options, report)
-    probe = _PROBE if _PROBE in splits else _PROBE_WITHOUT_REGISTRY
-    _write_data_config(options, list(splits), probe)
+    _write_data_config(options, list(splits))
     _write_credits(options, sources, splits)
     shutil.rmtree(options.out / _DOWNLOADS, ignore_errors=True)
     content = {"state": "complete", "fingerprint": fingerprint, "without_registry": without_registry}
@@ -91,7 +90,7 @@ def _collect(options: Options, report: Report) -> tuple[list[Source], bool]:
             without_registry = True
             report(
                 f"NOTE: the package registry cannot be used ({error}). The sample is made from the interpreter alone: "
-                f"sources code, docs, noise; the probe is '{_PROBE_WITHOUT_REGISTRY}'."
+                f"sources code, docs, noise."
             )
     budget = options.bytes_per_source
     makers: list[tuple[str, Callable[[], Source]]] = [
@@ -237,7 +236,7 @@ def _clear(out: Path, marker: dict[str, Any]) -> None:
             entry.unlink()
 
 
-def _write_data_config(options: Options, sources: list[str], probe: str) -> None:
+def _write_data_config(options: Options, sources: list[str]) -> None:
     """A data yaml of the sources that exist, for ``compose.data=<out>/data.yaml``."""
     lines = [
         "# Written by tools/prepare_sample.py: the sources and the probe of this sample.",
@@ -248,7 +247,7 @@ def _write_data_config(options: Options, sources: list[str], probe: str) -> None
         "  sources:",
         *(f"    {name}: {{weight: 1.0}}" for name in sources),
         "  probes:",
-        f"    {probe}: {{source: {probe}}}",
+        f"    {_PROBE}: {{source: {_PROBE}}}",
     ]
     (options.out / "data.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
