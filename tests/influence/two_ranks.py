@@ -30,6 +30,6 @@ def measure(rank: int, world: int, folder: str) -> None:
         changes=found[1].probe_changes,
     )
     dist.barrier()
-    # Not by way of the destructors: torch's reducer may wait there, holding the interpreter's lock, for a thread of gloo
-    # that needs it.
+    # Not by way of the destructors: torch's reducer may wait there, holding the interpreter's lock, for a thread of
+    # gloo that needs it.
     os._exit(0)
