@@ -209,11 +209,11 @@ class InfluenceConfig:
 
     learning_rate: Positive = 1.0
     """Step of the exponentiated-gradient update of the weights."""
-    probe_samples: Count = 12
+    probe_samples: Count = 8
     """Samples of each probe in a measurement."""
-    source_samples: Annotated[int, between(2)] = 2
+    source_samples: Annotated[int, between(2)] = 4
     """Samples of each source in a measurement."""
-    ema: Share = 0.7
+    ema: Share = 0.9
     """Share of the old scores kept at each update."""
     metric: Literal["raw", "adam"] = "raw"
     """Inner product of gradients as they are, or preconditioned by the optimizer's second moments."""
