@@ -107,7 +107,8 @@ def write_run(sample: Path, folder: Path) -> Path:
         text.replace(f"local: {sample}", f"local: {folder}/cache\n  remote: {sample}\n  tokenizer: {sample}/tokenizer"),
         encoding="utf-8",
     )
-    mixing = {"strategy": "influence", "interval": "5ba", "warmup": "5ba"}
+    # No allowance for chance, so that the mixture moves in this short time.
+    mixing = {"strategy": "influence", "interval": "5ba", "warmup": "5ba", "influence": {"ema": 0.7, "threshold": 0.0}}
     return write_yaml(
         folder / "kill.yaml",
         data,

@@ -31,7 +31,8 @@ SCHEDULE = {
         ]
     },
 }
-INFLUENCE = {"strategy": "influence", "interval": "5ba", "warmup": "5ba"}
+# No allowance for chance: what is to be shown is that weights which move, move alike.
+INFLUENCE = {"strategy": "influence", "interval": "5ba", "warmup": "5ba", "influence": {"ema": 0.7, "threshold": 0.0}}
 ONE, TWO = "train_loader.num_workers=1", "train_loader.num_workers=2"
 PERSISTENT = "train_loader.persistent_workers=true"
 RESUME = "autoresume=true"

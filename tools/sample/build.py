@@ -69,7 +69,7 @@ def prepare(options: Options, report: Report = print) -> bool:
     _write_credits(options, sources, splits)
     shutil.rmtree(options.out / _DOWNLOADS, ignore_errors=True)
     content = {"state": "complete", "fingerprint": fingerprint, "without_registry": without_registry}
-    _write_marker(options.out, content | {"sources": list(splits), "probes": [probe]})
+    _write_marker(options.out, content | {"sources": list(splits), "probes": [_PROBE]})
     report(_table(metas, splits))
     report(
         f"Sample ready in {options.out} ({time.perf_counter() - started:.0f} s). Train on it: "
