@@ -2,8 +2,8 @@
 
     python tests/end_to_end/kill_many.py SAMPLE --kills 10 --processes 1
 
-SAMPLE is a folder with ``data.yaml`` and shards of the sources ``code``, ``docs`` and ``topics`` with rows of 32 tokens (the
-fixture ``tiny_sample``). Prints a line for each kill, then what differs, if anything. Exit code 0: nothing does.
+SAMPLE is a folder with ``data.yaml`` and shards with rows of 32 tokens, such as the fixture ``tiny_sample`` makes. Prints a
+line for each kill, then what differs, if anything. Exit code 0: nothing does.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Kill:
     """When to kill, and what was found there.
 
     Attributes:
-        moment: ``starting``: while shards are being fetched and opened or the trainer is being built; ``batch``: anywhere
-            in a step or between two; ``saving``: while a checkpoint is being written.
+        moment: ``starting``: while shards are being fetched and opened or the trainer is being built; ``batch``:
+            anywhere in a step or between two; ``saving``: while a checkpoint is being written.
         batch: not before this many batches are trained (nothing for ``starting``).
         delay: seconds to wait further.
         whole: the launcher and all its processes, as when a machine is lost; or only one rank, as when it runs out of

@@ -82,7 +82,7 @@ def launch(processes: int, script: Path, *arguments: str, folder: Path) -> subpr
     )
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 280) -> str:
+def finish(process: subprocess.Popen[str], timeout: float = 900) -> str:
     """Wait for a good end; returns what it printed."""
     try:
         output, _ = process.communicate(timeout=timeout)

@@ -1,5 +1,6 @@
-"""Does the mixture move only where there is a reason, and then far enough? Real runs of the launcher on corpora for which the
-right answer is known. Rows here are so short that a measurement takes 8 of each source; all else is as by default.
+"""Does the mixture move only where there is a reason, and then far enough? Real runs on corpora with a known answer.
+
+Rows are so short here that a measurement takes 8 of each source; all else is as by default.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def write_null(folder: Path) -> Path:
 
 
 def write_rigged(folder: Path) -> Path:
-    """Source ``a`` is of the probe's domain; the others are its characters in random order, base64, and random words."""
+    """Source ``a`` is of the probe's domain; the others are its characters shuffled, base64, and random words."""
     documents = library()
     generator = random.Random(0)
     generator.shuffle(documents)
@@ -102,16 +103,16 @@ def course(run: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the runs ``null`` and ``rigged``."""
+    """The folder of the runs ``alike`` and ``rigged``."""
     folder = tmp_path_factory.mktemp("controls")
-    for name, write in (("null", write_null), ("rigged", write_rigged)):
+    for name, write in (("alike", write_null), ("rigged", write_rigged)):
         write_run(folder, write(folder / name), name)
-    record(1, [{"label": name, "yaml": str(folder / f"{name}.yaml")} for name in ("null", "rigged")], folder)
+    record(1, [{"label": name, "yaml": str(folder / f"{name}.yaml")} for name in ("alike", "rigged")], folder)
     return folder / "runs"
 
 
 def test_null_control_stays_near_uniform(runs: Path) -> None:
-    for weights in course(runs / "null"):
+    for weights in course(runs / "alike"):
         assert all(abs(weight / 0.25 - 1) < 0.1 for weight in weights.values()), weights
 
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_three_kills_leave_no_trace(tiny_sample: Path, tmp_path: Path) -> None:
-    """One while it starts, one in training, one while it saves. ``kill_many.py`` does more of them, and on two ranks."""
+    """One while it starts, one in training, one while it saves. ``kill_many.py`` does more, and on two ranks."""
     run_yaml = write_run(tiny_sample, tmp_path)
     undisturbed = start(1, run_yaml, "undisturbed")
     kills = random_kills(3, seed=1, only_whole=True)
@@ -21,6 +21,6 @@ def test_three_kills_leave_no_trace(tiny_sample: Path, tmp_path: Path) -> None:
     disturb(1, run_yaml, kills)
     finish(undisturbed)
     assert differences(tmp_path) == []
-    last = read_metrics(tmp_path / "runs" / "disturbed")[120]
-    weights = [last[f"mixture/weight/{name}"] for name in ("code", "docs", "topics")]
-    assert max(weights) > 0.5, f"the mixture has not moved: {weights}; this run shows nothing"
+    steps = read_metrics(tmp_path / "runs" / "disturbed")
+    weights = {line["mixture/weight/code"] for line in steps.values() if "mixture/weight/code" in line}
+    assert len(weights) > 5, "the mixture hardly moves, so this shows nothing"

@@ -1,5 +1,6 @@
-"""Which rows a run trains on, and with which weights, in real runs of the launcher: one order for any number of workers and
-ranks, also after a stop; and after a stop the same losses, bit by bit, where the number of ranks is the same.
+"""Which rows real runs train on, and with which weights: one order for any number of workers and ranks.
+
+Also after a stop; and then with the same losses, bit by bit, where the number of ranks is the same.
 """
 
 from __future__ import annotations
@@ -11,8 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from cheapertraining.data import read_meta
-from tests.end_to_end.real_runs import comparable_metrics, decisions, final_state, model_hash, record, recorded, write_yaml
+from tests.end_to_end.real_runs import (
+    comparable_metrics,
+    decisions,
+    final_state,
+    model_hash,
+    record,
+    recorded,
+    write_yaml,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -116,7 +126,7 @@ def test_order_is_that_of_one_process_without_workers(runs: Runs, label: str) ->
 
 @pytest.mark.parametrize(("name", "stop"), [("two-to-one", 77), ("one-to-two", 131)])
 def test_order_goes_on_after_a_stop_on_other_ranks_and_workers(runs: Runs, name: str, stop: int) -> None:
-    """2 ranks without workers, then 1 with 2 workers; 1 with 2 workers, then 2 with 1. The signal's batch still counts."""
+    """2 ranks without workers, then 1 with 2 workers; 1 with 2 workers, then 2 with 1 each."""
     before, after = runs.order(name), runs.order(f"{name}-rest")
     assert (len(before), after[0]["batch"]) == (stop + 1, stop + 1)
     assert before + after == runs.order("workers-0")
@@ -161,7 +171,7 @@ def test_one_pass_brings_each_sample_once_over_two_ranks(runs: Runs, tiny_sample
 
 
 def test_resumed_run_on_the_same_ranks_is_equal_to_the_last_bit(runs: Runs) -> None:
-    """Two ranks, a SIGTERM at one of them, new processes with another number of workers; weights driven by influence."""
+    """Two ranks, a SIGTERM at one, new processes with other workers; training itself decides on the weights."""
     assert runs.order("stopped") + runs.order("stopped-rest") == runs.order("undisturbed")
     undisturbed, stopped = runs.run("undisturbed"), runs.run("stopped")
     assert comparable_metrics(stopped) == comparable_metrics(undisturbed)
@@ -169,5 +179,5 @@ def test_resumed_run_on_the_same_ranks_is_equal_to_the_last_bit(runs: Runs) -> N
     assert model_hash(ours) == model_hash(theirs)
     assert ours["dataset_state"] == theirs["dataset_state"]
     assert decisions(ours) == decisions(theirs)
-    weights = runs.order("undisturbed")[-1]["weights"]
-    assert max(weights.values()) > 0.5, f"the mixture has not moved: {weights}; this run shows nothing"
+    weights = {tuple(batch["weights"].values()) for batch in runs.order("undisturbed")}
+    assert len(weights) > 5, "the mixture hardly moves, so this shows nothing"
