@@ -2,8 +2,8 @@
 
     python tests/end_to_end/kill_many.py SAMPLE --kills 10 --processes 1
 
-SAMPLE is a folder with ``data.yaml`` and shards with rows of 32 tokens, such as the fixture ``tiny_sample`` makes. Prints a
-line for each kill, then what differs, if anything. Exit code 0: nothing does.
+SAMPLE is a folder with ``data.yaml`` and shards with rows of 32 tokens, such as the fixture ``tiny_sample`` makes.
+Prints a line for each kill, then what differs, if anything. Exit code 0: nothing does.
 """
 
 from __future__ import annotations
