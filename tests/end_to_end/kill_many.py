@@ -63,16 +63,16 @@ class Kill:
 
     def wait(self, process: subprocess.Popen[str], run: Path, cache: Path) -> None:
         """Return at the moment; fail where the run ends before."""
-        until = time.monotonic() + 240
-        while not self._come(run, cache):
+        began = time.time()
+        while not self._come(run, cache, began):
             assert process.poll() is None, f"ended before {self}: {process.communicate()[0]}"
-            assert time.monotonic() < until, f"{self} does not come"
+            assert time.time() < began + 600, f"{self} does not come"
             time.sleep(0.0005)
         time.sleep(self.delay)
 
-    def _come(self, run: Path, cache: Path) -> bool:
-        if self.moment == "starting":
-            return bool(segments_of(cache)) if cache.exists() else False
+    def _come(self, run: Path, cache: Path, began: float) -> bool:
+        if self.moment == "starting":  # its own segments, not those of the one killed before
+            return any(file.stat().st_mtime >= began for file in segments_of(cache))
         if last_step(run) < self.batch:
             return False
         return self.moment == "batch" or any((run / "checkpoints").glob(".unfinished-ep*"))
@@ -133,10 +133,11 @@ def disturb(processes: int, run_yaml: Path, kills: Sequence[Kill]) -> None:
     for kill in kills:
         process = start(processes, run_yaml, "disturbed")
         kill.wait(process, run, cache)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
+        kill.whole = kill.whole or not children  # the ranks are not there yet, or have ended
         if kill.whole:
             os.killpg(process.pid, signal.SIGKILL)
         else:
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
             os.kill(int(children[-1]), signal.SIGKILL)
         began = time.monotonic()
         process.communicate(timeout=120)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -159,5 +160,9 @@ def model_hash(state: Mapping[str, Any]) -> str:
 
 def segments_of(folder: Path) -> list[Path]:
     """Shared memory segments of datasets whose shards lie below ``folder``."""
-    prefix = bytes(folder.resolve())
-    return [file for file in Path("/dev/shm").glob("*_locals") if prefix in file.read_bytes()]
+    prefix, found = bytes(folder.resolve()), []
+    for file in Path("/dev/shm").glob("*_locals"):
+        with contextlib.suppress(FileNotFoundError):  # another process is just ending
+            if prefix in file.read_bytes():
+                found.append(file)
+    return found
