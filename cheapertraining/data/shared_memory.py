@@ -44,7 +44,7 @@ def open_dataset(make: Callable[[], StreamingDataset]) -> StreamingDataset:
     for segment in segments:
         if segment not in mine:  # only looked at, in the search for a free prefix
             segment.cleanup()
-    weakref.finalize(dataset, _release, mine, _note_of(prefix) if first else None, os.getpid())
+    weakref.finalize(dataset, _release, mine, prefix if first else None, os.getpid())
     return dataset
 
 
@@ -98,14 +98,15 @@ def _segments_opened() -> Iterator[list[SharedMemory]]:
         memory.atexit = original
 
 
-def _release(segments: list[SharedMemory], note: Path | None, owner: int) -> None:
+def _release(segments: list[SharedMemory], prefix: int | None, owner: int) -> None:
     if os.getpid() != owner:  # a DataLoader worker must not close its parent's
         return
     for segment in segments:
         with suppress(BufferError):  # an array still looks into it; the process's end closes it
             segment.cleanup()
-    if note is not None:
-        note.unlink(missing_ok=True)
+    if prefix is not None:
+        _remove_locks(prefix, Path(gettempdir()))
+        _note_of(prefix).unlink(missing_ok=True)
 
 
 def remove_stale() -> list[int]:
@@ -119,7 +120,8 @@ def remove_stale() -> list[int]:
             note = json.loads(file.read_text(encoding="utf-8"))
             if note["namespace"] != _namespace() or _start_time(int(note["pid"])) == note["started"]:
                 continue
-            _remove_prefix(int(note["prefix"]))
+            _remove_segments(int(note["prefix"]))
+            _remove_locks(int(note["prefix"]), Path(note["locks"]))
             file.unlink()
             removed.append(int(note["prefix"]))
     return removed
@@ -137,7 +139,7 @@ def _note_of(prefix: int) -> Path:
 def _note(prefix: int) -> None:
     pid = os.getpid()
     note = {"prefix": prefix, "pid": pid, "started": _start_time(pid), "namespace": _namespace()}
-    _note_of(prefix).write_text(json.dumps(note), encoding="utf-8")
+    _note_of(prefix).write_text(json.dumps(note | {"locks": gettempdir()}), encoding="utf-8")
 
 
 def _user() -> int:
@@ -151,18 +153,24 @@ def _namespace() -> str | None:
     return None
 
 
-def _remove_prefix(prefix: int) -> None:
+def _remove_segments(prefix: int) -> None:
     from multiprocessing.shared_memory import SharedMemory
 
-    from streaming.base import constant
+    from streaming.base.constant import SHM_TO_CLEAN
 
-    for name in constant.SHM_TO_CLEAN:
+    for name in SHM_TO_CLEAN:
         with suppress(FileNotFoundError):
             segment = SharedMemory(f"{prefix:06}_{name}", create=False)
             segment.close()
             segment.unlink()
-    for name in (constant.BARRIER_FILELOCK, constant.CACHE_FILELOCK):
-        Path(gettempdir(), f"{prefix:06}_{name}").unlink(missing_ok=True)
+
+
+def _remove_locks(prefix: int, folder: Path) -> None:
+    """Streaming never removes its lock files, and passes over each prefix that has one."""
+    from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK
+
+    for name in (BARRIER_FILELOCK, CACHE_FILELOCK):
+        (folder / f"{prefix:06}_{name}").unlink(missing_ok=True)
 
 
 def _start_time(pid: int) -> str | None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import numpy as np
@@ -262,6 +263,18 @@ def test_a_killed_process_leaves_nothing_that_stops_the_next(
     loader = get_loader(data_config, batch_size=4)
     segments = [file for file in Path("/dev/shm").glob("*_locals") if bytes(tmp_path) in file.read_bytes()]
     assert segments == [Path(f"/dev/shm/{loader.mixture.store._dataset._shm_prefix_int:06}_locals")]
+
+
+def test_a_loader_that_is_gone_leaves_nothing(
+    data_config: dict[str, Any], tiny_sample: Path, tmp_path: Path
+) -> None:
+    data_config |= {"local": str(tmp_path), "remote": str(tiny_sample), "tokenizer": str(tiny_sample / "tokenizer")}
+    loader = get_loader(data_config, batch_size=4, num_workers=1)
+    next(iter(loader))
+    prefix = loader.mixture.store._dataset._shm_prefix_int
+    del loader
+    gc.collect()
+    assert not [*Path("/dev/shm").glob(f"{prefix:06}_*"), *Path(gettempdir()).glob(f"{prefix:06}_*")]
 
 
 def test_open_files_do_not_grow_with_the_loaders_made(data_config: dict[str, Any]) -> None:

@@ -72,7 +72,9 @@ class Kill:
 
     def _come(self, run: Path, cache: Path, began: float) -> bool:
         if self.moment == "starting":  # its own segments, not those of the one killed before
-            return any(file.stat().st_mtime >= began for file in segments_of(cache))
+            with contextlib.suppress(FileNotFoundError):
+                return any(file.stat().st_mtime >= began for file in segments_of(cache))
+            return False
         if last_step(run) < self.batch:
             return False
         return self.moment == "batch" or any((run / "checkpoints").glob(".unfinished-ep*"))
@@ -88,11 +90,11 @@ def last_step(run: Path) -> int:
 
 
 def random_kills(count: int, seed: int, only_whole: bool = False) -> list[Kill]:
-    """Kills spread over the run in order, with random moments and delays."""
+    """Kills in each of the moments by turns, at random batches that spread over the run, with random delays."""
     generator = random.Random(seed)
     kills = []
     for number in range(count):
-        moment = MOMENTS[number % 3] if number < 3 else generator.choice(MOMENTS)
+        moment = MOMENTS[number % 3]
         low, high = 4 + 108 * number // count, 4 + 108 * (number + 1) // count
         delay = {"starting": 1.5, "batch": 0.03, "saving": 0.004}[moment] * generator.random()
         kills.append(Kill(moment, generator.randrange(low, high), delay, only_whole or generator.random() < 0.7))
