@@ -219,7 +219,7 @@ class InfluenceConfig:
     """Inner product of gradients as they are, or preconditioned by the optimizer's second moments."""
     step_size: Positive = 1e-4
     """Length of the look-ahead step, relative to the norm of the parameters."""
-    threshold: NonNegative = 2.0
+    threshold: NonNegative = 2.5
     """Scores nearer to the mean than this many standard errors count as no evidence."""
 
 
@@ -253,9 +253,9 @@ class OnlineMixingConfig:
     """Changes the mixture while it trains."""
 
     strategy: Literal["static", "proportional", "unimax", "schedule", "influence"] = "influence"
-    interval: Annotated[str, duration("ba")] = "20ba"
+    interval: Annotated[str, duration("ba")] = "25ba"
     """Batches between two decisions."""
-    warmup: Batches = "20ba"
+    warmup: Batches = "25ba"
     """Batches before the first decision."""
     constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)
     influence: InfluenceConfig = field(default_factory=InfluenceConfig)
@@ -587,12 +587,21 @@ def check_prepared(data: DataConfig) -> None:
             missing.append(str(folder / "train"))
     if missing:
         more = f", nor of {len(missing) - 1} more sources" if len(missing) > 1 else ""
-        present = Path(data.local) / "data.yaml"  # what was made here may have other sources than this config
-        if present.is_file():
+        present = _config_of_what_is_there(data)
+        if present is not None:
             todo = f"{present} names the sources that are there: use compose.data={present}"
         else:
             todo = f"Run: {data.prepare_hint}" if data.prepare_hint else "Make them, or correct data.local."
         raise UserError(f"{missing[0]}: no shards here{more} (no index.json). {todo}")
+
+
+def _config_of_what_is_there(data: DataConfig) -> Path | None:
+    """The data config beside the shards that knows one of these sources: not all need have been made here."""
+    for file in (Path(data.local) / "data.yaml", Path(data.local) / "downstream.yaml"):
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        if any(line.strip().startswith(f"{name}:") for line in lines for name in data.sources):
+            return file
+    return None
 
 
 def _problems_between_parts(config: RunConfig) -> Problems:

@@ -284,7 +284,7 @@ def test_missing_shards_say_what_to_run(tmp_path: Path) -> None:
 
 
 def test_sample_with_other_sources_says_which_config_fits(tmp_path: Path) -> None:
-    (tmp_path / "data.yaml").touch()
+    (tmp_path / "data.yaml").write_text("data:\n  sources:\n    code: {weight: 1.0}\n", encoding="utf-8")
     with pytest.raises(UserError, match=f"use compose.data={tmp_path}/data.yaml"):
         check_prepared(load_data_config("mixed_pretrain", [f"data.local={tmp_path}"]))
 

@@ -18,7 +18,7 @@ from composer.core import Callback, State, Timestamp
 from composer.core.time import TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from tqdm.auto import tqdm
 
 from cheapertraining.observe.evaluated import evaluated_loss
 

@@ -7,10 +7,12 @@ sum_j w_j s_j``, and ascent in the geometry of the simplex is exponentiated grad
 c_k) / Z`` (Kivinen & Warmuth 1997; for domain weights DoGE, arXiv 2310.15393, and Aioli, arXiv 2411.05735).
 Scores are estimated from a few samples, so:
 
-*Smoothing.* ``s`` is an exponential moving average of the scores, corrected for its start, and ``U`` the
-variance of that average: ``U_t = b**2 U_(t-1) + (1-b)**2 v_t``. ``v`` is itself a moving average of the
-squared standard errors, drawn towards its mean over the sources with the weight of ``_PRIOR_DOF`` degrees of
-freedom (moderated variances, Smyth 2004), because a few samples a source say little about a variance.
+*Smoothing.* Each measurement is divided by the root mean square of its own standard errors: gradients shrink by
+orders of magnitude while a model trains, and an average of raw scores would be ruled by the first, noisiest looks
+for the rest of the run (docs/experiments.md). ``s`` is an exponential moving average of these scores, corrected for
+its start, and ``U`` the variance of that average: ``U_t = b**2 U_(t-1) + (1-b)**2 v_t``. ``v`` is itself a moving
+average of the squared standard errors, drawn towards its mean over the sources with the weight of ``_PRIOR_DOF``
+degrees of freedom (moderated variances, Smyth 2004), because a few samples a source say little about a variance.
 
 *Doubt.* ``Var(c_k) = (1 - 2 w_k) U_k + sum_j w_j**2 U_j``. A source counts as different once ``|c_k|``
 exceeds ``z`` standard errors,
@@ -69,7 +71,7 @@ class InfluenceStrategy:
     name: ClassVar[str] = "influence"
     needs: ClassVar[frozenset[str]] = frozenset({INFLUENCE})
 
-    def __init__(self, learning_rate: float = 1.0, ema: float = 0.9, threshold: float = 2.0) -> None:
+    def __init__(self, learning_rate: float = 1.0, ema: float = 0.9, threshold: float = 2.5) -> None:
         key = "algorithms.online_mixing.influence"
         if not learning_rate > 0:
             raise UserError(f"{key}.learning_rate: expected a positive number, found {learning_rate}.")
@@ -100,6 +102,7 @@ class InfluenceStrategy:
         errors: Array = measured.direction_weights @ measured.errors
         if not (np.isfinite(scores).all() and np.isfinite(errors).all()):
             return None
+        scores, errors = _standardized(scores, errors, measured.samples)
         weights = signals.sampling_weights
         centred, variance, dof = self._centred(scores, errors, measured.samples, weights)
         scale = math.sqrt(float((centred**2).mean()))
@@ -123,7 +126,7 @@ class InfluenceStrategy:
         self._error2 = keep * self._error2 + take * errors**2
         own = self._error2 / total
         moderated = (_PRIOR_DOF * own.mean() + own_dof * own) / (_PRIOR_DOF + own_dof)
-        # A burst of large gradients is noisier than the average knows.
+        # A noisy look is noisier than the average knows.
         moderated = np.maximum(moderated, (errors**2).mean())
         self._variance = keep**2 * self._variance + take**2 * moderated
         mean, spread = self._mean / total, self._variance / total**2
@@ -154,3 +157,15 @@ class InfluenceStrategy:
 
         self._updates = int(state["updates"])
         self._mean, self._error2, self._variance = array("mean"), array("error2"), array("variance")
+
+
+def _standardized(scores: Array, errors: Array, samples: int) -> tuple[Array, Array]:
+    """Scores and errors in units of the root mean square error, which itself is known from few samples.
+
+    Dividing by an estimate with ``n`` degrees of freedom widens the variance by ``n / (n - 2)`` (Student's t).
+    """
+    unit = math.sqrt(float((errors**2).mean()))
+    if unit == 0:
+        return scores, errors
+    freedom = len(scores) * (samples - 1)
+    return scores / unit, errors / unit * math.sqrt(freedom / max(freedom - 2, 1))
