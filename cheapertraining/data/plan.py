@@ -34,7 +34,7 @@ EXHAUSTION_POLICIES = ("cycle", "stop", "renormalize")
 _GOLDEN = 0x9E3779B1  # prime near 2**32 / golden ratio
 _STATE_VERSION = 1
 _SLOT_BATCHES = 16  # batches whose slots are permuted in one step
-_CHUNK = 4096  # batches counted in one vectorized step
+_FIRST_CHUNK, _CHUNK = 64, 4096  # batches counted in one vectorized step, at first and at most
 # What a stream of random bits is for; part of its counter, so that no two uses share bits.
 _FOR_SLOTS, _FOR_SHARDS, _FOR_BLOCK = 1, 2, 3
 
@@ -61,7 +61,8 @@ class _Segment:
     """Batches from ``start`` on that share integer weights; ``drawn`` counts what came before ``start``.
 
     ``counts`` overrides the apportionment for a single batch, the one in which a source runs out.
-    ``memo`` is the furthest batch counted so far, with the samples drawn before it.
+    ``memo`` is the batch that was counted last, with the samples drawn before it. ``searched`` is the same for the
+    search for the first batch in which a source comes to its cap, and ``crossing`` that batch once it is found.
     """
 
     start: int
@@ -69,6 +70,8 @@ class _Segment:
     drawn: Int64
     counts: Int64 | None
     memo: tuple[int, Int64]
+    searched: tuple[int, Int64]
+    crossing: int | None = None
 
 
 class MixturePlan:
@@ -277,15 +280,19 @@ class MixturePlan:
         self._segments = [self._new_segment(self._first, drawn)]
 
     def _new_segment(self, start: int, drawn: Int64, counts: Int64 | None = None) -> _Segment:
-        return _Segment(start, self._effective(self._requested(start), drawn), drawn, counts, (start, drawn))
+        return _Segment(
+            start, self._effective(self._requested(start), drawn), drawn, counts, (start, drawn), (start, drawn)
+        )
 
     def _requested(self, batch: int) -> Int64:
         starts = [start for start, _ in self._ledger]
         return self._ledger[max(bisect_right(starts, batch) - 1, 0)][1]
 
     def _effective(self, requested: Int64, drawn: Int64) -> Int64:
-        """``requested`` without the sources that have reached their cap, scaled up again to 2**32."""
+        """``requested`` without the sources at their cap, scaled up again to 2**32; ``stop``: then nothing."""
         left = np.where(drawn < self._caps, requested, 0)
+        if self.on_exhaustion == "stop" and (left != requested).any():
+            return np.zeros_like(requested)
         return left if left.sum() in (0, WEIGHT_TOTAL) else _apportion_total(left.astype(np.float64))
 
     def _segment(self, batch: int) -> _Segment:
@@ -297,7 +304,7 @@ class MixturePlan:
         found = bisect_right(self._segments, batch, key=lambda segment: segment.start) - 1
         segment = self._segments[found]
         if not segment.weights.any():
-            raise Exhausted(self._exhausted_message(segment.drawn))
+            raise Exhausted(self._exhausted_message(segment.start, segment.drawn))
         return segment
 
     def _next_segment(self, last: _Segment, batch: int) -> _Segment | None:
@@ -311,25 +318,27 @@ class MixturePlan:
         crossing = self._crossing(last, until)
         if crossing is not None:
             drawn, counts = self._counts_at(last, crossing)
-            return self._crossing_segment(crossing, drawn, counts)
+            if (drawn + counts > self._caps).any():
+                return self._crossing_segment(crossing, drawn, counts)
+            # Used up to the last sample: gone from the next batch on, as in a plan that is resumed there.
+            return self._new_segment(crossing + 1, drawn + counts) if crossing < batch else None
         if change is not None and change <= batch:
             return self._new_segment(change, self._drawn_in(last, change))
         return None
 
     def _crossing(self, segment: _Segment, until: int) -> int | None:
-        """The first batch before ``until`` in which a source would pass its cap."""
+        """The first batch before ``until`` in which a source comes to its cap."""
         if not (self._caps < np.iinfo(np.int64).max).any():
             return None
-        start, drawn = segment.memo
-        while start < until:
-            stop = min(start + _CHUNK, until)
+        start, drawn = segment.searched
+        while segment.crossing is None and start < until:
+            stop = start + min(max(start - segment.start, _FIRST_CHUNK), _CHUNK)
             after = drawn + np.cumsum(self._apportion(segment.weights, np.arange(start, stop)), axis=0)
-            over = (after > self._caps).any(axis=1)
-            if over.any():
-                return start + int(over.argmax())
-            start, drawn = stop, after[-1]
-            segment.memo = (start, drawn)
-        return None
+            reached = ((after >= self._caps) & (segment.weights > 0)).any(axis=1)
+            if reached.any():
+                segment.crossing = start + int(reached.argmax())
+            start, drawn = segment.searched = stop, after[-1]
+        return segment.crossing if segment.crossing is not None and segment.crossing < until else None
 
     def _crossing_segment(self, batch: int, drawn: Int64, counts: Int64) -> _Segment:
         """The batch in which a source runs out: what it lacks comes from the others, or the plan ends (``stop``)."""
@@ -343,8 +352,8 @@ class MixturePlan:
             shares = _largest_remainder(open_weights.astype(np.float64), lacking)
             taken = np.minimum(taken + shares, room)
         if taken.sum() < self.global_batch_size:
-            return _Segment(batch, np.zeros_like(weights), drawn, None, (batch, drawn))
-        return _Segment(batch, weights, drawn, taken, (batch, drawn))
+            return _Segment(batch, np.zeros_like(weights), drawn, None, (batch, drawn), (batch, drawn))
+        return _Segment(batch, weights, drawn, taken, (batch, drawn), (batch, drawn))
 
     def _counts_at(self, segment: _Segment, batch: int) -> tuple[Int64, Int64]:
         """Samples of each source before ``batch`` and in it."""
@@ -390,14 +399,14 @@ class MixturePlan:
     def _named(self, weights: Int64) -> dict[str, float]:
         return dict(zip(self.sources, (weights / WEIGHT_TOTAL).tolist(), strict=True))
 
-    def _exhausted_message(self, drawn: Int64) -> str:
-        ended = [
-            name
-            for name, n, cap in zip(self.sources, drawn, self._caps, strict=True)
-            if n >= cap - self.global_batch_size
-        ]
+    def _exhausted_message(self, batch: int, drawn: Int64) -> str:
+        requested = self._requested(batch)
+        weights = self._effective(requested, drawn)
+        wanted = self._apportion(weights, np.array([batch]))[0] if weights.any() else np.zeros_like(drawn)
+        ended = (requested > 0) & (drawn + wanted >= self._caps)
+        names = ", ".join(name for name, used_up in zip(self.sources, ended, strict=True) if used_up)
         return (
-            f"on_exhaustion '{self.on_exhaustion}': no further batch can be drawn; used up: {', '.join(ended)}. "
+            f"on_exhaustion '{self.on_exhaustion}': no further batch can be drawn; used up: {names}. "
             "Shorten max_duration, raise max_epochs, or set data.on_exhaustion to 'cycle'."
         )
 

@@ -201,3 +201,57 @@ def test_empty_source() -> None:
 def test_state_of_another_plan_is_refused(other: MixturePlan, message: str) -> None:
     with pytest.raises(UserError, match=message):
         other.load_state_dict(make().state_dict(3))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.integers(3, 60), min_size=2, max_size=4),
+    caps=st.lists(st.sampled_from([None, 0.5, 1.0, 1.25, 2.0]), min_size=4, max_size=4),
+    batch_size=st.integers(1, 12),
+    resumed=st.integers(1, 30),
+    policy=st.sampled_from(["cycle", "stop", "renormalize"]),
+)
+def test_a_plan_resumed_anywhere_near_its_caps_goes_on_the_same(
+    sizes: list[int], caps: list[float | None], batch_size: int, resumed: int, policy: str
+) -> None:
+    """Also right behind a batch that uses a source up to its last sample."""
+    names = [f"s{i}" for i in range(len(sizes))]
+
+    def make() -> MixturePlan:
+        shards = {name: [size] for name, size in zip(names, sizes, strict=True)}
+        max_epochs = dict(zip(names, caps[: len(names)], strict=True))
+        weights = {name: 1.0 + i for i, name in enumerate(names)}
+        return MixturePlan(
+            shards, weights, global_batch_size=batch_size, seed=3, on_exhaustion=policy, max_epochs=max_epochs
+        )
+
+    def batches(plan: MixturePlan, first: int) -> list[list[tuple[int, int]]]:
+        found = []
+        for batch in range(first, 45):
+            try:
+                planned = plan.plan(batch)
+            except Exhausted:
+                break
+            found.append(list(zip(planned.source.tolist(), planned.sample.tolist(), strict=True)))
+        return found
+
+    whole = batches(make(), 0)
+    stopped = make()
+    resumed = min(resumed, len(whole))
+    for batch in range(resumed):
+        stopped.plan(batch)
+    again = make()
+    again.load_state_dict(json.loads(json.dumps(stopped.state_dict(resumed))))
+    assert batches(again, resumed) == whole[resumed:]
+
+
+def test_only_sources_that_are_used_up_are_named_at_the_end() -> None:
+    plan = MixturePlan(
+        {"long": [1000], "short": [20], "unused": [2]},
+        {"long": 1, "short": 1, "unused": 0},
+        global_batch_size=8,
+        seed=0,
+        on_exhaustion="stop",
+    )
+    with pytest.raises(Exhausted, match=r"used up: short\. "):
+        plan.plan(99)
