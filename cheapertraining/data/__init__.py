@@ -4,20 +4,27 @@ Importing this package imports torch and numpy only; tokenizers, Streaming and O
 """
 
 from cheapertraining.data.collate import Batch, collate
+from cheapertraining.data.datasets import PretrainDataset, SFTDataset
+from cheapertraining.data.documents import EncodedDocument
 from cheapertraining.data.loader import get_loader
 from cheapertraining.data.mixing import MixedDataset, MixtureLoader, MixtureSampler, SourceCounts
+from cheapertraining.data.packed import PackedDataset
 from cheapertraining.data.packing import pack
 from cheapertraining.data.plan import Exhausted, MixturePlan
-from cheapertraining.data.shards import ShardMeta, read_meta, write_split
+from cheapertraining.data.shards import ShardMeta, read_meta, write_documents, write_split
 from cheapertraining.data.tokenization import TokenizerWrapper, train_bpe
 
 __all__ = [
     "Batch",
+    "EncodedDocument",
     "Exhausted",
     "MixedDataset",
     "MixtureLoader",
     "MixturePlan",
     "MixtureSampler",
+    "PackedDataset",
+    "PretrainDataset",
+    "SFTDataset",
     "ShardMeta",
     "SourceCounts",
     "TokenizerWrapper",
@@ -26,5 +33,6 @@ __all__ = [
     "pack",
     "read_meta",
     "train_bpe",
+    "write_documents",
     "write_split",
 ]

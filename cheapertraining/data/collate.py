@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cheapertraining.data.store import TokenRows
+from cheapertraining.data.rows import SampledRows, TokenRows
 
-__all__ = ["IGNORED", "Batch", "SampledRows", "collate"]
+__all__ = ["IGNORED", "Batch", "collate"]
 
 IGNORED = -100
 """Label of a token that is not predicted; the default ``ignore_index`` of torch's cross-entropy."""
@@ -19,24 +18,15 @@ IGNORED = -100
 Batch = dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class SampledRows:
-    """Rows together with where they come from: ``source`` and ``sample`` are int64 ``[N]``."""
-
-    rows: TokenRows
-    source: NDArray[np.int64]
-    sample: NDArray[np.int64]
-
-
 def collate(sampled: SampledRows) -> Batch:
     """Make a batch of ``B`` rows of ``S`` tokens.
 
     Returns:
         ``input_ids``, ``labels``, ``position_ids`` int64 ``[B, S]`` and ``source``, ``sample_id`` int64 ``[B]``. Labels
-        are not shifted; they are -100 at the first token of each document (nothing before it predicts it) and on
-        padding. Positions restart at each document; padding is a document of its own, so that models which take
-        document bounds from the positions keep it apart. ``attention_mask`` int64 ``[B, S]`` only where there is
-        padding.
+        are not shifted; they are -100 at the first token of each document (nothing before it predicts it), on padding,
+        and where a loss mask is 0. Positions restart at each document; padding is a document of its own, so that models
+        which take document bounds from the positions keep it apart. ``attention_mask`` int64 ``[B, S]`` only where
+        there is padding.
     """
     count, seq_len = sampled.rows.tokens.shape
     input_ids = sampled.rows.tokens.astype(np.int64)
@@ -44,6 +34,8 @@ def collate(sampled: SampledRows) -> Batch:
     starts = np.cumsum(lengths) - lengths
     labels = input_ids.copy()
     labels.reshape(-1)[starts] = IGNORED
+    if sampled.rows.loss_mask is not None:
+        labels[sampled.rows.loss_mask == 0] = IGNORED
     positions = np.repeat(starts, lengths)
     np.subtract(_token_index(count * seq_len), positions, out=positions)
     batch = {

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, SequentialSampler
 
-from cheapertraining.data.collate import Batch, SampledRows, collate
+from cheapertraining.data.collate import Batch, collate
 from cheapertraining.data.mixing import MixedDataset, MixtureLoader, MixtureSampler
 from cheapertraining.data.plan import MixturePlan
-from cheapertraining.data.shards import read_document_hashes
+from cheapertraining.data.rows import SampledRows
 from cheapertraining.data.store import ShardFolder, ShardStore
 from cheapertraining.data.tokenization import TokenizerWrapper
 from cheapertraining.errors import UserError
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from cheapertraining.config import DataConfig
 
-__all__ = ["SplitDataset", "get_loader"]
+__all__ = ["SplitDataset", "get_loader", "shard_folders"]
 
 
 class SplitDataset(Dataset[SampledRows]):
@@ -97,7 +97,7 @@ def get_loader(
             f"train_loader.lag: {lag} is less than num_workers * prefetch_factor = {prefetched}, the batches that are "
             f"planned ahead. Set lag to at least {prefetched}, or use fewer workers."
         )
-    train, probes, heldout = _folders(data)
+    train, probes, heldout = shard_folders(data)
     folders = list(dict.fromkeys([*train.values(), *probes.values(), *heldout.values()]))
     _check_overlap_by_place(probes, heldout)
     store = ShardStore(
@@ -109,7 +109,9 @@ def get_loader(
         download_retry=data.download_retry,
         hint=data.prepare_hint,
     )
-    _check_overlap_by_document(probes, heldout)
+    rank, world_size = _rank_and_world(rank, world_size)
+    if rank == 0:
+        _check_overlap_by_document(store, probes, heldout)
     max_epochs = {name: source.max_epochs for name, source in data.sources.items()}
     plan = MixturePlan(
         {name: store.shard_sizes(folders.index(folder)) for name, folder in train.items()},
@@ -121,7 +123,6 @@ def get_loader(
         shuffle_block_size=data.shuffle_block_size,
     )
     mixture = MixedDataset(store, plan, lag=lag, max_epochs=max_epochs)
-    rank, world_size = _rank_and_world(rank, world_size)
     loader = MixtureLoader(
         mixture,
         batch_size=batch_size // world_size,
@@ -160,7 +161,7 @@ def _tokenizer_of(
     return TokenizerWrapper(path)
 
 
-def _folders(data: DataConfig) -> tuple[dict[str, ShardFolder], dict[str, ShardFolder], dict[str, ShardFolder]]:
+def shard_folders(data: DataConfig) -> tuple[dict[str, ShardFolder], dict[str, ShardFolder], dict[str, ShardFolder]]:
     """Shard folders of the training sources, of the probes and of the held-out splits (where there is one)."""
 
     def place(local: str | None, remote: str | None, name: str, split: str) -> ShardFolder:
@@ -201,10 +202,12 @@ def _check_overlap_by_place(probes: Mapping[str, ShardFolder], heldout: Mapping[
             )
 
 
-def _check_overlap_by_document(probes: Mapping[str, ShardFolder], heldout: Mapping[str, ShardFolder]) -> None:
-    hashes = {name: read_document_hashes(folder.local) for name, folder in heldout.items()}
+def _check_overlap_by_document(
+    store: ShardStore, probes: Mapping[str, ShardFolder], heldout: Mapping[str, ShardFolder]
+) -> None:
+    hashes = {name: store.document_hashes(store.folders.index(folder)) for name, folder in heldout.items()}
     for probe, folder in probes.items():
-        mine = read_document_hashes(folder.local)
+        mine = store.document_hashes(store.folders.index(folder))
         for name, theirs in hashes.items():
             if shared := len(np.intersect1d(mine, theirs)):
                 raise UserError(

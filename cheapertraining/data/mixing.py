@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from cheapertraining.data.collate import Batch, SampledRows, collate
+from cheapertraining.data.collate import Batch, collate
 from cheapertraining.data.plan import Exhausted, MixturePlan
 from cheapertraining.data.prefetch import ShardPrefetcher
+from cheapertraining.data.rows import SampledRows
 from cheapertraining.data.store import ShardStore
 from cheapertraining.errors import UserError
 

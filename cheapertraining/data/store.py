@@ -8,7 +8,6 @@ its own reader.
 from __future__ import annotations
 
 import mmap
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -20,7 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cheapertraining.data import shared_memory
-from cheapertraining.data.shards import DOCUMENTS_FILE, META_FILE, ShardMeta, check_compatible, read_meta
+from cheapertraining.data.rows import TokenRows
+from cheapertraining.data.shards import (
+    DOCUMENTS_FILE,
+    META_FILE,
+    ShardMeta,
+    check_compatible,
+    read_document_hashes,
+    read_meta,
+)
 from cheapertraining.data.tokenization import TokenizerWrapper
 from cheapertraining.errors import UserError
 
@@ -28,9 +35,10 @@ if TYPE_CHECKING:
     from streaming import StreamingDataset
     from streaming.base.format.base.reader import JointReader
 
-__all__ = ["ShardFolder", "ShardStore", "TokenRows"]
+__all__ = ["ShardFolder", "ShardStore"]
 
 _EVICTION_RETRIES = 8
+_REMOTE, _PREPARING = 1, 2  # states of a shard in Streaming, which exports no names for them
 
 
 @dataclass(frozen=True)
@@ -40,21 +48,6 @@ class ShardFolder:
     name: str
     local: Path
     remote: str | None = None
-
-
-@dataclass(frozen=True)
-class TokenRows:
-    """Rows as they lie in the shards.
-
-    Attributes:
-        tokens: uint16 or uint32 ``[N, S]``.
-        doc_lengths: uint32, the pieces of all rows one after the other; the pieces of a row sum to ``S`` less padding.
-        pieces: int64 ``[N]``, how many pieces each row has.
-    """
-
-    tokens: NDArray[Any]
-    doc_lengths: NDArray[np.uint32]
-    pieces: NDArray[np.int64]
 
 
 class ShardStore:
@@ -94,7 +87,8 @@ class ShardStore:
                 "Give the folder a remote, or remove cache_limit."
             )
         self._cache_limit = cache_limit
-        self._fetch_sidecars(download_retry, hint)
+        self._download_retry = download_retry
+        self._fetch_metas(hint)
         self.metas: tuple[ShardMeta, ...] = tuple(read_meta(folder.local) for folder in folders)
         for folder, meta in zip(folders, self.metas, strict=True):
             check_compatible(folder.local, meta, seq_len=seq_len, tokenizer=tokenizer)
@@ -104,8 +98,9 @@ class ShardStore:
         self._shard_ends: NDArray[np.int64] = np.cumsum(sizes)
         self._first_sample = np.append(self._dataset.sample_offset_per_stream, self._dataset.num_samples)
         self.row_dtype = np.dtype(self.metas[0].token_dtype)
-        self._maps: OrderedDict[int, _MappedShard] = OrderedDict()
-        # Evicted shards keep their disk space for as long as they are mapped.
+        self._masked = np.array([meta.loss_tokens is not None for meta in self.metas])
+        self._maps: OrderedDict[int, MappedShard] = OrderedDict()
+        # Evicted shards keep their disk space for as long as they are mapped, see _touch.
         self._keep_maps = 64 if cache_limit else 1024
 
     def shard_sizes(self, folder: int) -> list[int]:
@@ -133,6 +128,7 @@ class ShardStore:
         row_bytes = self.seq_len * self.row_dtype.itemsize
         maps = self._maps
         tokens, lengths, pieces = [], [], []
+        loss_mask = self._read_loss_mask(shards, within) if self._masked.any() else None
         for shard, row in zip(shards.tolist(), within.tolist(), strict=True):  # the hot loop of the loader
             data, token_starts, piece_lengths, piece_starts = maps.get(shard) or self._map(shard)
             start = token_starts[row]
@@ -146,7 +142,19 @@ class ShardStore:
             np.frombuffer(b"".join(tokens), self.row_dtype).reshape(len(ids), self.seq_len),
             np.frombuffer(b"".join(lengths), "<u4"),
             np.array(pieces, np.int64),
+            loss_mask,
         )
+
+    def _read_loss_mask(self, shards: NDArray[np.int64], within: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """uint8 ``[N, S]``; ones for rows of shards without a loss mask."""
+        mask = np.ones((len(shards), self.seq_len), np.uint8)
+        masked = self._masked[self._dataset.stream_per_shard[shards]]
+        for number in np.flatnonzero(masked).tolist():
+            shard = int(shards[number])
+            mapped = self._maps.get(shard) or self._map(shard)
+            end = mapped.token_starts[int(within[number])]
+            mask[number] = np.frombuffer(mapped.data[end - self.seq_len : end], np.uint8)
+        return mask
 
     @property
     def has_remote(self) -> bool:
@@ -155,7 +163,22 @@ class ShardStore:
 
     def fetch(self, folder: int, shard: int) -> None:
         """Download shard number ``shard`` of a folder unless it is there or on its way."""
-        self._dataset.prepare_shard(self._shards_of(folder)[0] + shard, blocking=False)
+        self._prepare(self._shards_of(folder)[0] + shard, blocking=False)
+
+    def document_hashes(self, folder: int) -> NDArray[np.uint64]:
+        """uint64 ``[documents]`` hashes of the documents of a folder, downloaded when first asked for.
+
+        Raises:
+            UserError: they cannot be downloaded.
+        """
+        self._fetch_sidecar(self.folders[folder], DOCUMENTS_FILE)
+        return read_document_hashes(self.folders[folder].local)
+
+    def shard_bytes(self, folder: int) -> int:
+        """Bytes that the largest shard of a folder takes on disk, its compressed form included."""
+        first, count = self._shards_of(folder)
+        shards = cast("list[JointReader]", self._dataset.shards[first : first + count])
+        return max(int(shard.get_max_size()) for shard in shards)
 
     def after_fork(self) -> None:
         """To be called in a DataLoader worker: a file lock must not be shared with the parent process."""
@@ -170,26 +193,33 @@ class ShardStore:
     def _shards_of(self, folder: int) -> tuple[int, int]:
         return int(self._dataset.shard_offset_per_stream[folder]), int(self._dataset.shards_per_stream[folder])
 
-    def _fetch_sidecars(self, download_retry: int, hint: str | None) -> None:
-        """Bring ``meta.json`` and document hashes of remote folders; refuse local folders without an index."""
+    def _fetch_metas(self, hint: str | None) -> None:
+        """Bring ``meta.json`` of remote folders; refuse local folders without an index."""
         for folder in self.folders:
             if folder.remote is not None:
-                _download(folder, META_FILE, download_retry)
-                _download(folder, DOCUMENTS_FILE, download_retry)
+                self._fetch_sidecar(folder, META_FILE)
             elif not (folder.local / "index.json").is_file():
                 todo = f"Run `{hint}` first." if hint else "Check the path, or make the shards."
                 raise UserError(f"no shards of '{folder.name}': {folder.local / 'index.json'} not found. {todo}")
 
+    def _fetch_sidecar(self, folder: ShardFolder, name: str) -> None:
+        """Bring one file that lies beside the shards; kept once it is there."""
+        if folder.remote is None or (folder.local / name).is_file():
+            return
+        from cheapertraining.data.stream import download, downloader_of
+
+        remote = f"{folder.remote.rstrip('/')}/{name}"
+        downloader = downloader_of(folder.name, folder.remote)
+        download(downloader, remote, folder.local / name, name=folder.name, retry=self._download_retry)
+        downloader.clean_up()
+
     def _open_dataset(self, validate_hash: str | None, download_retry: int) -> StreamingDataset:
-        from streaming import Stream, StreamingDataset
+        from streaming import StreamingDataset
+
+        from cheapertraining.data.stream import ShardStream
 
         streams = [
-            Stream(
-                remote=folder.remote,
-                local=str(folder.local),
-                download_retry=download_retry,
-                validate_hash=validate_hash,
-            )
+            ShardStream(folder.name, folder.remote, folder.local, download_retry, validate_hash)
             for folder in self.folders
         ]
 
@@ -199,11 +229,15 @@ class ShardStore:
 
         try:
             return shared_memory.open_dataset(make)
+        except UserError:
+            raise
         except RuntimeError as error:
             if "contains no samples" in str(error):
                 raise UserError(
                     f"{error} An empty source cannot be sampled; remove it or make its shards anew."
                 ) from error
+            if "took too long" in str(error):  # said where the node's first rank could not bring an index
+                raise UserError(f"{error}") from error
             raise
         except (KeyError, ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -240,16 +274,18 @@ class ShardStore:
         files = [info.basename for info in (shard.raw_data, shard.zip_data) if info]
         return any((self.folders[folder].local / name).is_file() for name in files)
 
-    def _map(self, shard: int) -> _MappedShard:
+    def _map(self, shard: int) -> MappedShard:
         """Map a shard into memory, downloading or decompressing it where needed."""
-        folder = self.folders[int(self._dataset.stream_per_shard[shard])]
+        number = int(self._dataset.stream_per_shard[shard])
+        folder = self.folders[number]
         reader = cast("JointReader", self._dataset.shards[shard])
         file = folder.local / reader.raw_data.basename
         for _ in range(_EVICTION_RETRIES):
             if not file.is_file() or self._cache_limit:
-                self._dataset.prepare_shard(shard)
+                self._prepare(shard)
             try:
-                mapped = _map_shard(file, self.seq_len * self.row_dtype.itemsize, reader.samples)
+                mask_bytes = self.seq_len if self._masked[number] else 0
+                mapped = map_shard(file, self.seq_len * self.row_dtype.itemsize, reader.samples, mask_bytes)
                 break
             except FileNotFoundError:  # evicted by another process since; download it again
                 continue
@@ -260,14 +296,43 @@ class ShardStore:
             self._maps.popitem(last=False)
         return mapped
 
+    def _prepare(self, shard: int, blocking: bool = True) -> None:
+        """Have a shard downloaded or unpacked.
+
+        Streaming leaves one that failed marked as under way, and whoever needs it next would wait without end.
+
+        Raises:
+            UserError: that is not possible.
+        """
+        dataset = self._dataset
+        try:
+            dataset.prepare_shard(shard, blocking)
+        except Exception as error:
+            lock = dataset._cache_filelock
+            lock.release(force=True)  # held where the error came while it evicted
+            with lock:
+                if dataset._shard_states[shard] == _PREPARING:
+                    dataset._shard_states[shard] = _REMOTE
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"data.cache_limit: no room for a shard of '{self._name_of(shard)}' ({error}). Raise it."
+            ) from error
+
+    def _name_of(self, shard: int) -> str:
+        return self.folders[int(self._dataset.stream_per_shard[shard])].name
+
     def _touch(self, shards: NDArray[np.int64]) -> None:
-        """Tell the eviction which shards are in use."""
+        """Tell the eviction which shards are in use, and let go of those it has removed: a map keeps the disk space."""
         now = time.time_ns()
         for shard in np.unique(shards).tolist():
             self._dataset._shard_access_times[shard] = now
+        states = self._dataset._shard_states.numpy()
+        for shard in [shard for shard in self._maps if states[shard] == _REMOTE]:
+            del self._maps[shard]
 
 
-class _MappedShard(NamedTuple):
+class MappedShard(NamedTuple):
     """One MDS shard in memory.
 
     Attributes:
@@ -283,11 +348,15 @@ class _MappedShard(NamedTuple):
     piece_starts: memoryview
 
 
-def _map_shard(file: Path, row_bytes: int, samples: int) -> _MappedShard:
-    """Map a shard and find its rows.
+def map_shard(file: Path, row_bytes: int, samples: int, mask_bytes: int = 0) -> MappedShard:
+    """Map a shard and find its rows of ``row_bytes`` bytes of tokens, perhaps with ``mask_bytes`` of loss mask.
 
     MDS file: uint32 count ``n``, uint32 ``n + 1`` offsets, a header, then the samples. A sample of ours: uint32 size of
-    the ``doc_lengths`` field, that field (one byte of rank and shape type, the shape, the values), then the tokens.
+    the ``doc_lengths`` field, that field (one byte of rank and shape type, the shape, the values), the loss mask of
+    conversations, then the tokens.
+
+    Raises:
+        UserError: the file ends early, or its samples are something else.
     """
     with file.open("rb") as handle:
         mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
@@ -301,7 +370,7 @@ def _map_shard(file: Path, row_bytes: int, samples: int) -> _MappedShard:
     token_starts = offsets[1:] - row_bytes
     kind = offsets[:-1] + 4  # the byte of rank and shape type, behind the field's size
     values = kind + 1 + (1 << (raw[kind] & 3).astype(np.int64))
-    counts = (token_starts - values) // 4
+    counts = (token_starts - mask_bytes - values) // 4
     if (raw[kind] >> 2 != 1).any() or (counts < 1).any():
         raise UserError(
             f"{file}: its samples are not rows of {row_bytes} bytes with doc_lengths. Make the shards anew."
@@ -309,7 +378,7 @@ def _map_shard(file: Path, row_bytes: int, samples: int) -> _MappedShard:
     piece_starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
     index = np.repeat(values - 4 * piece_starts[:-1], 4 * counts) + np.arange(4 * piece_starts[-1])
     lengths = raw[index].view("<u4")
-    return _MappedShard(memoryview(mapped), token_starts.data, lengths.data, piece_starts.data)
+    return MappedShard(memoryview(mapped), token_starts.data, lengths.data, piece_starts.data)
 
 
 def _barrier() -> None:
@@ -317,26 +386,3 @@ def _barrier() -> None:
 
     if distributed.is_available() and distributed.is_initialized():
         distributed.barrier()
-
-
-def _download(folder: ShardFolder, name: str, retry: int) -> None:
-    """Bring one small file of a remote folder; kept once it is there."""
-    from streaming.base.storage.download import CloudDownloader
-
-    target = folder.local / name
-    if target.is_file() or folder.remote is None:
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remote = f"{folder.remote.rstrip('/')}/{name}"
-    partial = target.with_name(f".{name}.{os.getpid()}")
-    for attempt in range(retry + 1):
-        try:
-            CloudDownloader.direct_download(remote, str(partial))
-            partial.replace(target)
-            return
-        except Exception as error:  # every storage client raises its own kinds
-            if attempt == retry:
-                raise UserError(
-                    f"shards of '{folder.name}': cannot read {remote} ({type(error).__name__}: {error}). "
-                    "Check the address and the credentials."
-                ) from error

@@ -6,21 +6,23 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cheapertraining.data.special_tokens import SpecialTokens
 from cheapertraining.errors import UserError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 __all__ = ["END_OF_TEXT", "TokenizerWrapper", "train_bpe"]
 
 END_OF_TEXT = "<|endoftext|>"
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class TokenizerWrapper:
-    """A Hugging Face tokenizer reduced to what pre-training needs: ids without added specials, EOS, a fingerprint.
+    """A Hugging Face tokenizer reduced to what training data needs: ids without added specials, EOS, a chat template.
 
     Args:
         source: a folder that holds ``tokenizer.json`` (read without importing transformers), anything that
@@ -34,10 +36,17 @@ class TokenizerWrapper:
     def __init__(self, source: str | Path | PreTrainedTokenizerFast) -> None:
         if isinstance(source, str | Path):
             self.path = str(source)
-            self._tokenizer, eos, pad = _load(self.path)
+            loaded = _load(self.path)
         else:
             self.path = source.name_or_path
-            self._tokenizer, eos, pad = _backend_of(source, self.path)
+            loaded = _backend_of(source, self.path)
+        self._tokenizer = loaded.tokenizer
+        self.chat_template: str | None = loaded.chat_template
+        """Jinja source of the template that renders conversations; None where the tokenizer has none."""
+        self.special_texts: dict[str, str] = loaded.special_texts
+        """Texts of the special tokens by role (``bos_token``, ``eos_token``, ...), which chat templates refer to."""
+        eos, pad = self.special_texts.get("eos_token"), self.special_texts.get("pad_token")
+        self._special_tokens: SpecialTokens | None = None
         # Truncation or padding saved with a tokenizer would silently cut documents.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -62,6 +71,26 @@ class TokenizerWrapper:
         """Token ids of each text, computed together (in parallel threads where the library is allowed to)."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [list(encoding.ids) for encoding in encodings]
+
+    def encode_rendered(self, texts: Sequence[str]) -> list[Encoding]:
+        """Encodings (ids and offsets in characters) of texts that a chat template rendered.
+
+        Special tokens are parsed, except where :attr:`special_tokens` hid their spelling before rendering; none is
+        added.
+        """
+        return self.special_tokens.encode_batch(texts)
+
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        """The special tokens, told apart from text that spells them; made when first asked for."""
+        if self._special_tokens is None:
+            self._special_tokens = SpecialTokens(self._tokenizer)
+        return self._special_tokens
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Pickling a tokenizer forgets that special tokens spelt in text are text."""
+        self.__dict__.update(state)
+        self._tokenizer.encode_special_tokens = True
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, special tokens included."""
@@ -103,8 +132,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> TokenizerW
     return TokenizerWrapper(folder)
 
 
-def _load(path: str) -> tuple[Tokenizer, str | None, str | None]:
-    """The backend tokenizer and its end-of-text and padding tokens."""
+class _Loaded(NamedTuple):
+    tokenizer: Tokenizer
+    special_texts: dict[str, str]
+    chat_template: str | None
+
+
+def _load(path: str) -> _Loaded:
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
         return _load_with_transformers(path)
@@ -113,13 +147,19 @@ def _load(path: str) -> tuple[Tokenizer, str | None, str | None]:
     try:
         tokenizer = Tokenizer.from_file(str(file))
         settings = _read_json(file.with_name("tokenizer_config.json"))
+        special = _read_json(file.with_name("special_tokens_map.json")) | settings
     except Exception as error:  # the library raises bare Exception for a file it cannot read
         raise UserError(f"tokenizer '{file}': not a readable tokenizer file ({error}). Make it anew.") from error
-    special = _read_json(file.with_name("special_tokens_map.json")) | settings
-    return tokenizer, _token_text(special.get("eos_token")), _token_text(special.get("pad_token"))
+    template: Any = settings.get("chat_template")
+    if (beside := file.with_name("chat_template.jinja")).is_file():  # transformers prefers it too
+        template = beside.read_text(encoding="utf-8")
+    elif isinstance(template, list):  # several, as {name, template}
+        template = {entry["name"]: entry["template"] for entry in template}
+    texts = {key: text for key in _ROLES if (text := _token_text(special.get(key))) is not None}
+    return _Loaded(tokenizer, texts, _chat_template(template, path))
 
 
-def _load_with_transformers(path: str) -> tuple[Tokenizer, str | None, str | None]:
+def _load_with_transformers(path: str) -> _Loaded:
     from transformers import AutoTokenizer
 
     try:
@@ -133,14 +173,31 @@ def _load_with_transformers(path: str) -> tuple[Tokenizer, str | None, str | Non
     return _backend_of(tokenizer, path)
 
 
-def _backend_of(tokenizer: PreTrainedTokenizerFast, path: str) -> tuple[Tokenizer, str | None, str | None]:
+def _backend_of(tokenizer: PreTrainedTokenizerFast, path: str) -> _Loaded:
     """A copy of the fast tokenizer inside a transformers tokenizer, so that its own settings stay as they are."""
     from tokenizers import Tokenizer
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"tokenizer '{path}': it has no fast version (tokenizer.json). Use one that has.")
-    return Tokenizer.from_str(backend.to_str()), tokenizer.eos_token, tokenizer.pad_token
+    texts = {key: str(text) for key in _ROLES if (text := tokenizer.special_tokens_map.get(key)) is not None}
+    return _Loaded(Tokenizer.from_str(backend.to_str()), texts, _chat_template(tokenizer.chat_template, path))
+
+
+def _chat_template(found: Any, path: str) -> str | None:
+    """A tokenizer has one template, or several by name, of which ``default`` is meant.
+
+    Raises:
+        UserError: several, and none of them is the default.
+    """
+    if isinstance(found, dict):
+        if "default" not in found:
+            raise UserError(
+                f"tokenizer '{path}': expected a chat template named 'default', found {', '.join(found) or 'none'}. "
+                "Name one of them so in its tokenizer_config.json."
+            )
+        found = found["default"]
+    return found if isinstance(found, str) else None
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -265,9 +265,7 @@ def test_a_killed_process_leaves_nothing_that_stops_the_next(
     assert segments == [Path(f"/dev/shm/{loader.mixture.store._dataset._shm_prefix_int:06}_locals")]
 
 
-def test_a_loader_that_is_gone_leaves_nothing(
-    data_config: dict[str, Any], tiny_sample: Path, tmp_path: Path
-) -> None:
+def test_a_loader_that_is_gone_leaves_nothing(data_config: dict[str, Any], tiny_sample: Path, tmp_path: Path) -> None:
     data_config |= {"local": str(tmp_path), "remote": str(tiny_sample), "tokenizer": str(tiny_sample / "tokenizer")}
     loader = get_loader(data_config, batch_size=4, num_workers=1)
     next(iter(loader))
