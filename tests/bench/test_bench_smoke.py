@@ -21,7 +21,9 @@ def bench(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Module
     return importlib.import_module(f"tools.bench.{name}")
 
 
-@pytest.mark.parametrize("name", ["adaptation", "loader", "mixing_overhead", "plan", "startup", "step"])
+@pytest.mark.parametrize(
+    "name", ["adaptation", "conversion", "loader", "mixing_overhead", "plan", "startup", "step", "verify"]
+)
 def test_help_gives_the_command(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         bench(name, monkeypatch, "--help").main()
