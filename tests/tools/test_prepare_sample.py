@@ -16,11 +16,23 @@ from pathlib import Path
 import pytest
 
 from cheapertraining.config import load_data_config
+from cheapertraining.data import get_loader
 from cheapertraining.data.shards import read_document_hashes, read_meta
 from cheapertraining.data.tokenization import TokenizerWrapper
 from cheapertraining.errors import UserError
 from tools.prepare_sample import main
-from tools.sample import chat, faq, noise, packages, parliament, python_text, wiki, word_problem_worker, word_problems
+from tools.sample import (
+    chat,
+    conversations,
+    faq,
+    noise,
+    packages,
+    parliament,
+    python_text,
+    wiki,
+    word_problem_worker,
+    word_problems,
+)
 from tools.sample.build import MARKER, Options, prepare
 from tools.sample.dedup import NearDuplicates
 from tools.sample.documents import Document, clean_text, cut, hash_order, take
@@ -174,6 +186,41 @@ def test_faq_pairs() -> None:
     answer = "A permit from the municipality, applied for beforehand."
     pairs = [{"id": "a", "q": " What? ", "a": answer}, {"id": "b", "q": "Why?", "a": "Because."}]
     assert faq.pairs_to_documents(pairs) == [Document("a", f"What?\n\n{answer}")]
+
+
+# ---- conversations for fine-tuning ----
+
+
+def test_small_talk_in_pieces_that_begin_with_the_user_and_end_with_the_assistant() -> None:
+    document = Document("p", "\n".join(f"{'AB'[n % 2]}: turn {n} " + "word " * 8 for n in range(9)).strip())
+    records = list(conversations.small_talk([document], 70))
+    assert [len(record["messages"]) for record in records] == [2, 2, 2, 2]  # the ninth turn has no answer
+    said = [message for record in records for message in record["messages"]]
+    assert [message["role"] for message in said] == ["user", "assistant"] * 4
+    assert [message["content"].split(" word")[0] for message in said] == [f"turn {n}" for n in range(8)]
+    assert [len(record["messages"]) for record in conversations.small_talk([document], 100)] == [4, 4]
+
+
+def test_questions_from_faq_and_reference_texts() -> None:
+    texts = ["What?\n\nThis.\n\nAnd that.", "no answer"]
+    assert list(conversations.questions_and_answers(Document("p", text) for text in texts)) == [
+        {"prompt": "What?", "response": "This.\n\nAnd that."}
+    ]
+    texts = [
+        "torch.add\n\nadd(input, other) -> Tensor\n\nAdds one tensor\nto another. And more.",
+        'The "del" statement\n*******\n\nDeletion is recursively defined.\n\nMore.',
+        "A later piece of a text\n\nwhich says something more about it.",
+        "torch.short\n\nToo short.",
+    ]
+    pairs = list(conversations.reference_questions(Document("p", text) for text in texts))
+    assert pairs == [
+        {"prompt": "What does torch.add do?", "response": "Adds one tensor to another."},
+        {"prompt": 'Tell me about this: The "del" statement', "response": "Deletion is recursively defined."},
+    ]
+    (record,) = conversations.pairs_to_conversations(pairs)
+    assert [message["content"] for message in record["messages"]] == [
+        text for pair in pairs for text in (pair["prompt"], pair["response"])
+    ]
 
 
 # ---- the interpreter's text ----
@@ -357,9 +404,10 @@ def test_a_changed_wheel_ends_the_command_with_one_line(
 
 
 def _content(folder: Path) -> dict[str, bytes]:
-    """All files but the two that name the folder or the time."""
+    """All files but those that name the folder."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files if path.name != "data.yaml"}
+    named = ("data.yaml", "downstream.yaml")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files if path.name not in named}
 
 
 @pytest.fixture(scope="module")
@@ -403,6 +451,32 @@ def test_sample_shards_carry_licence_and_origin_and_share_no_document(sample: tu
             seen |= set(read_document_hashes(out / source / split).tolist())
             assert f"{source:<11} {split:<8} {meta.documents:>9} {meta.samples:>8} {meta.tokens:>9}" in "\n".join(lines)
     assert len(seen) == documents
+
+
+def test_conversations_are_there_for_fine_tuning(sample: tuple[Path, list[str]]) -> None:
+    from transformers import AutoTokenizer
+
+    out, _ = sample
+    tokenizer = TokenizerWrapper(out / "tokenizer")
+    theirs = AutoTokenizer.from_pretrained(out / "tokenizer")
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    assert theirs.apply_chat_template(messages, tokenize=False) == "User: Hi\nAssistant: Ho<|endoftext|>\n"
+    config = load_data_config("downstream", [f"data.local={out}"])
+    assert list(config.sources) == list(load_data_config(out / "downstream.yaml").sources) == ["sft_chat", "sft_faq"]
+    for source in config.sources:
+        splits = [split for split in SPLITS if (out / source / split).is_dir()]
+        assert len(splits) == 3 or source == "sft_chat"  # longer ones may be missing in a sample as small as this
+        hashes = [set(read_document_hashes(out / source / split).tolist()) for split in splits]
+        metas = [read_meta(out / source / split) for split in splits]
+        assert len(set().union(*hashes)) == sum(meta.documents for meta in metas)
+        assert all(0 < (meta.loss_tokens or 0) < meta.tokens and meta.cut_documents == 0 for meta in metas)
+        assert all("made from the source docs: help topics" in meta.origin for meta in metas)
+        assert metas[0].license.startswith("PSF-2.0")
+    loader = get_loader(config, tokenizer, 4)
+    batch = next(iter(loader))
+    answers = tokenizer.decode(batch["labels"][batch["labels"] != -100].tolist())
+    assert answers.count("<|endoftext|>") >= 4
+    assert "Assistant:" not in answers
 
 
 def test_a_finished_sample_is_left_alone_and_an_unfinished_one_made_anew(

@@ -8,14 +8,14 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cheapertraining.errors import UserError
-from tools.sample import chat, faq, noise, packages, parliament, python_text, wiki, word_problems
+from tools.sample import chat, conversations, faq, noise, packages, parliament, python_text, wiki, word_problems
 from tools.sample.dedup import NearDuplicates
 from tools.sample.documents import Document, Source, text_bytes
 from tools.sample.splits import SPLITS, split_by_parent
@@ -28,6 +28,7 @@ __all__ = ["MARKER", "Options", "prepare"]
 MARKER = "sample.json"
 _DOWNLOADS = ".downloads"
 _PROBE = "code"  # comes from the interpreter, so it is there without the registry too
+_TUNED_PROBE = "sft_faq"
 _NOISE_SHARE = 4  # noise gets a quarter of the bytes of another source
 
 Splits = dict[str, list[Document]]
@@ -65,7 +66,11 @@ def prepare(options: Options, report: Report = print) -> bool:
     sources, without_registry = _collect(options, report)
     splits = _deduplicate_and_split(sources, options, report)
     metas = _write_shards(sources, splits, options, report)
-    _write_data_config(options, list(splits))
+    tuned = _write_conversations(sources, splits, options, report)
+    _write_data_config(options, "data.yaml", list(splits), [_PROBE])
+    trained = [meta.source for meta in tuned if meta.split == "train"]
+    probed = [meta.source for meta in tuned if (meta.source, meta.split) == (_TUNED_PROBE, "probe")]
+    _write_data_config(options, "downstream.yaml", trained, probed)
     _write_credits(options, sources, splits)
     shutil.rmtree(options.out / _DOWNLOADS, ignore_errors=True)
     content = {"state": "complete", "fingerprint": fingerprint, "without_registry": without_registry}
@@ -73,7 +78,8 @@ def prepare(options: Options, report: Report = print) -> bool:
     report(_table(metas, splits))
     report(
         f"Sample ready in {options.out} ({time.perf_counter() - started:.0f} s). Train on it: "
-        f"composer train.py yamls/mixed_pretrain.yaml compose.data={options.out / 'data.yaml'}"
+        f"composer train.py yamls/mixed_pretrain.yaml compose.data={options.out / 'data.yaml'}; fine-tune: "
+        f"composer train.py yamls/downstream.yaml compose.data={options.out / 'downstream.yaml'}"
     )
     return True
 
@@ -171,6 +177,63 @@ def _write_shards(
     return metas
 
 
+def _write_conversations(
+    sources: list[Source], splits: dict[str, Splits], options: Options, report: Report
+) -> list[ShardMeta]:
+    """Shards with a loss mask for fine-tuning; from the reference texts where there is no small talk or FAQ.
+
+    A very small sample may have a split without a conversation that fits into a row; it is then left out.
+    """
+    from cheapertraining.data.datasets import SFTDataset
+    from cheapertraining.data.shards import write_documents
+    from cheapertraining.data.tokenization import TokenizerWrapper
+
+    folder = options.out / "tokenizer"
+    (folder / "chat_template.jinja").write_text(conversations.CHAT_TEMPLATE, encoding="utf-8")
+    tokenizer = TokenizerWrapper(folder)
+    about = {source.name: source for source in sources}
+    metas: list[ShardMeta] = []
+    for name, origin, make in _conversation_makers(splits, options.seq_len):
+        for split in SPLITS:
+            records = {json.dumps(record): record for record in make(splits[origin][split])}
+            # A conversation that is longer than a row is left out, never cut.
+            chats = SFTDataset(records.values(), tokenizer, max_length=options.seq_len, on_error="skip")
+            documents = list(chats)
+            left_out = f", {chats.problems.count} longer than a row left out" if chats.problems.count else ""
+            report(f"{name}/{split}: {len(documents)} conversations{left_out}")
+            if not documents:
+                continue
+            metas.append(
+                write_documents(
+                    options.out / name / split,
+                    documents,
+                    tokenizer,
+                    seq_len=options.seq_len,
+                    source=name,
+                    split=split,
+                    license=about[origin].license,
+                    origin=f"conversations made from the source {origin}: {about[origin].origin}",
+                )
+            )
+    return metas
+
+
+def _conversation_makers(
+    splits: dict[str, Splits], seq_len: int
+) -> list[tuple[str, str, Callable[[list[Document]], Iterable[conversations.Record]]]]:
+    """Name, the source whose documents are used, and how they become records."""
+    if "chat" in splits and "faq" in splits:
+        return [
+            ("sft_chat", "chat", lambda documents: conversations.small_talk(documents, seq_len)),
+            ("sft_faq", "faq", conversations.questions_and_answers),
+        ]
+    about = conversations.reference_questions
+    return [
+        ("sft_chat", "docs", lambda documents: conversations.pairs_to_conversations(about(documents))),
+        ("sft_faq", "docs", about),
+    ]
+
+
 def _fingerprint(options: Options) -> dict[str, Any]:
     """All that decides the bytes of the sample."""
     tool = hashlib.blake2b(digest_size=8)
@@ -236,8 +299,8 @@ def _clear(out: Path, marker: dict[str, Any]) -> None:
             entry.unlink()
 
 
-def _write_data_config(options: Options, sources: list[str]) -> None:
-    """A data yaml of the sources that exist, for ``compose.data=<out>/data.yaml``."""
+def _write_data_config(options: Options, name: str, sources: list[str], probes: list[str]) -> None:
+    """A data yaml of the sources and probes that exist, for ``compose.data=<out>/<name>``."""
     lines = [
         "# Written by tools/prepare_sample.py: the sources and the probe of this sample.",
         "data:",
@@ -245,11 +308,10 @@ def _write_data_config(options: Options, sources: list[str]) -> None:
         f"  seq_len: {options.seq_len}",
         '  prepare_hint: "make sample"',
         "  sources:",
-        *(f"    {name}: {{weight: 1.0}}" for name in sources),
-        "  probes:",
-        f"    {_PROBE}: {{source: {_PROBE}}}",
+        *(f"    {source}: {{weight: 1.0}}" for source in sources),
+        f"  probes: {{{', '.join(f'{probe}: {{source: {probe}}}' for probe in probes)}}}",
     ]
-    (options.out / "data.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (options.out / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _copy_licences(out: Path, wheels: dict[str, Path]) -> None:
@@ -266,8 +328,10 @@ def _write_credits(options: Options, sources: list[Source], splits: dict[str, Sp
         "# Where this sample comes from",
         "",
         "Made by tools/prepare_sample.py. Texts keep the licences named here; licence",
+        "files that came with the packages are in licenses/. sft_chat and sft_faq are",
+        "conversations made from documents of the sources that their meta.json name.",
+        "",
     ]
-    lines += ["files that came with the packages are in licenses/.", ""]
     for source in sources:
         documents = sum(len(split) for split in splits[source.name].values())
         lines += [f"## {source.name}", "", f"- Documents: {documents}", f"- Licence: {source.license}"]
