@@ -30,16 +30,26 @@ def run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
+def python_command(line: str) -> list[str]:
+    """``python tools/x.py …`` as it is run from another folder than the checkout."""
+    python, script, *arguments = shlex.split(line)
+    assert python == "python"
+    return [sys.executable, str(ROOT / script), *arguments]
+
+
 def test_own_data_in_ten_minutes(tmp_path: Path) -> None:
     library = Path(os.__file__).parent
     for folder, pattern in (("manuals", "[a-c]*.py"), ("notes", "[d-g]*.py")):
         (tmp_path / "my" / folder).mkdir(parents=True)
-        for file in sorted(library.glob(pattern))[:25]:
-            text = file.read_text(encoding="utf-8")[:6000]
-            (tmp_path / "my" / folder / f"{file.stem}.txt").write_text(text, encoding="utf-8")
-    (tmp_path / "own.py").write_text(block("own-data"), encoding="utf-8")
-    assert "manual heldout 3 documents" in run([sys.executable, "own.py"], tmp_path)
+        for file in sorted(library.glob(f"**/{pattern}"))[:80]:
+            text = file.read_text(encoding="utf-8", errors="replace")[:2000] + str(file)
+            (tmp_path / "my" / folder / f"{file.parent.name}-{file.stem}.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "own.py").write_text(block("own-tokenizer"), encoding="utf-8")
+    run([sys.executable, "own.py"], tmp_path)
+    for line in block("own-data").strip().splitlines():
+        assert "80 records read: 80 documents written" in run(python_command(line), tmp_path)
     (tmp_path / "mine.yaml").write_text(block("own-yaml"), encoding="utf-8")
+    assert "notes" in run(python_command(block("own-report")), tmp_path)
     launcher, script, yaml, *overrides = shlex.split(block("own-train"))
     assert (launcher, script) == ("composer", "train.py")
     small = ["max_duration=3ba", "train_loader.global_batch_size=4", "model.hidden_size=16", "model.num_layers=1"]
