@@ -74,7 +74,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class HubData:
-    """A data set by its name on the Hugging Face hub, or a folder that ``datasets`` saved."""
+    """A data set by its name on the Hugging Face hub, or a folder that ``datasets`` saved or can load."""
 
     name: str
     config: str | None = None
@@ -206,12 +206,7 @@ def _arrow_slices(folder: str, size: int, piece_bytes: int) -> list[Slice]:
 
 
 def _hub_slices(hub: HubData, piece_bytes: int) -> list[Slice]:
-    if os.path.isdir(hub.name):
-        if not _is_saved_dataset(hub.name):
-            raise UserError(
-                f"data set '{hub.name}': expected a folder that datasets.save_to_disk wrote, found another folder. "
-                "Give a folder of parquet or JSON-lines files as an ordinary input instead."
-            )
+    if os.path.isdir(hub.name) and _is_saved_dataset(hub.name):
         folder = os.path.join(hub.name, hub.split)
         folder = folder if os.path.isdir(folder) else hub.name
         return _arrow_slices(folder, _size_of(folder), piece_bytes)

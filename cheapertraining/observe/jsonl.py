@@ -121,7 +121,7 @@ class JsonlLogger(LoggerDestination):
 
     def close(self, state: State, logger: Logger) -> None:
         del state, logger
-        if self._folder is not None and self._file is None and self._pending:  # a Trainer that only evaluated
+        if self._folder is not None and self._file is None and not self._written:  # a Trainer that only evaluated
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open until close)
             self._line_start = self._file.tell()
         self._write()

@@ -393,6 +393,12 @@ def test_no_permission(corpus: Path, tokenizer: TokenizerWrapper, tmp_path: Path
         convert(make_job(corpus, tmp_path / "s", tokenizer))
 
 
+def test_a_place_that_cannot_be_written(corpus: Path, tokenizer: TokenizerWrapper, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/s/\.conversion: cannot be written \(Not a directory\)"):
+        convert(make_job(corpus, tmp_path / "file" / "s", tokenizer))
+
+
 def test_the_report_accounts_for_each_record() -> None:
     report = Report({}, 0, 0, (), 0, 0, 0.0)
     assert str(report) == "Nothing to do: this conversion is finished."

@@ -72,6 +72,20 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
         read(tmp_path / "splits")
 
 
+def test_a_data_set_read_as_a_stream_is_cut_by_its_files(tmp_path: Path) -> None:
+    """A hub data set is a folder of such files; here it lies on disk."""
+    write_jsonl(tmp_path / "train-0.jsonl", TEXTS[:3])
+    write_jsonl(tmp_path / "train-1.jsonl", TEXTS[3:])
+    write_jsonl(tmp_path / "test-0.jsonl", ["other"])
+    found = list_pieces(hub=HubData(str(tmp_path)))
+    assert len(found) == 2
+    records = [record for piece in found for record in read_piece(piece)]
+    assert texts_of(records) == TEXTS
+    assert str(records[3].place) == f"{tmp_path}, shard 1: row 0"
+    with pytest.raises(UserError, match=r"data set '.*' \(config None, split valid\): cannot be opened"):
+        list_pieces(hub=HubData(str(tmp_path), split="valid"))
+
+
 def test_text_files_by_file_line_and_paragraph(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes("\ufeffone\r\ntwo\n\n\nthree\nfour\n".encode())

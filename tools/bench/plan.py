@@ -118,8 +118,8 @@ def main() -> None:
     parser.add_argument("--sources", type=int, default=20)
     parser.add_argument("--samples", type=int, default=5_000_000, help="in each source (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--batches", type=int, default=3000, help="planned in each round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=1500, help="planned in each round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     sources, batch_size = given.sources, given.batch_size
     print(f"{given.samples:,} samples a source, {given.batches:,} batches, medians of {given.rounds} rounds")
