@@ -11,6 +11,10 @@ __all__ = ["UserError", "nearest"]
 class UserError(ValueError):
     """Bad input. The message names the file or key, what was expected, what was found and what to do."""
 
+    def __init__(self, message: str) -> None:
+        # A DataLoader raises what its worker raised anew, with the worker's traceback put before the message.
+        super().__init__(message.rsplit(f"{__name__}.UserError: ", 1)[-1].rstrip())
+
 
 def nearest(name: str, options: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the option closest to ``name``, or ``""`` where none is close."""

@@ -56,6 +56,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="try a few documents and report; write nothing")
 
 
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """The options of plain documents."""
+    parser.add_argument("--text-column", default="text", help="of JSON lines and parquet (default: %(default)s)")
+    parser.add_argument(
+        "--format", default="auto", metavar="auto|jsonl|parquet|text", help="of the files (default: by their names)"
+    )
+    parser.add_argument(
+        "--text-unit", default="file", metavar="file|line|paragraph", help="a document in text (default: %(default)s)"
+    )
+    parser.add_argument("--deduplicate", action="store_true", help="keep the first of documents with the same text")
+
+
 def job_of(given: argparse.Namespace, encoder: Encoder) -> Job:
     """The conversion that the options describe."""
     from streaming.base.util import bytes_to_int
@@ -134,14 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and convert; 2 on bad input, 130 when interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    parser.add_argument("--text-column", default="text", help="of JSON lines and parquet (default: %(default)s)")
-    parser.add_argument(
-        "--format", default="auto", metavar="auto|jsonl|parquet|text", help="of the files (default: by their names)"
-    )
-    parser.add_argument(
-        "--text-unit", default="file", metavar="file|line|paragraph", help="a document in text (default: %(default)s)"
-    )
-    parser.add_argument("--deduplicate", action="store_true", help="keep the first of documents with the same text")
+    add_text_options(parser)
     given = parser.parse_args(arguments)
     try:
         from cheapertraining.data.conversion import TextEncoder

@@ -33,7 +33,7 @@ WEIGHT_TOTAL = 1 << 32
 EXHAUSTION_POLICIES = ("cycle", "stop", "renormalize")
 _GOLDEN = 0x9E3779B1  # prime near 2**32 / golden ratio
 _STATE_VERSION = 1
-_SLOT_BATCHES = 16  # batches whose slots are permuted in one step
+_BLOCK_BATCHES = 16  # batches that are counted, and whose slots are permuted, in one step
 _FIRST_CHUNK, _CHUNK = 64, 4096  # batches counted in one vectorized step, at first and at most
 # What a stream of random bits is for; part of its counter, so that no two uses share bits.
 _FOR_SLOTS, _FOR_SHARDS, _FOR_BLOCK = 1, 2, 3
@@ -63,6 +63,7 @@ class _Segment:
     ``counts`` overrides the apportionment for a single batch, the one in which a source runs out.
     ``memo`` is the batch that was counted last, with the samples drawn before it. ``searched`` is the same for the
     search for the first batch in which a source comes to its cap, and ``crossing`` that batch once it is found.
+    ``block`` has the first of the batches that were counted together, and for each what was drawn before and in it.
     """
 
     start: int
@@ -72,6 +73,7 @@ class _Segment:
     memo: tuple[int, Int64]
     searched: tuple[int, Int64]
     crossing: int | None = None
+    block: tuple[int, Int64, Int64] = (0, np.zeros((0, 0), np.int64), np.zeros((0, 0), np.int64))
 
 
 class MixturePlan:
@@ -183,8 +185,6 @@ class MixturePlan:
         ]
         source = np.repeat(np.arange(len(self.sources)), counts)
         slots = self._slots(batch)
-        if segment.counts is None:
-            segment.memo = (batch + 1, drawn + counts)
         self._horizon = max(self._horizon, batch + 1)
         return PlannedBatch(source[slots], np.concatenate(samples)[slots])
 
@@ -193,10 +193,12 @@ class MixturePlan:
 
         Made for a run of batches at a time, since most of the cost is the call.
         """
-        number, within = divmod(batch, _SLOT_BATCHES)
+        number, within = divmod(batch, _BLOCK_BATCHES)
         if number not in self._slot_orders:
             size = self.global_batch_size
-            bits = _random_bits(self.seed, 0, _FOR_SLOTS, number, 0, _SLOT_BATCHES * size).reshape(_SLOT_BATCHES, size)
+            bits = _random_bits(self.seed, 0, _FOR_SLOTS, number, 0, _BLOCK_BATCHES * size).reshape(
+                _BLOCK_BATCHES, size
+            )
             _remember(self._slot_orders, number, np.argsort(bits, axis=1, kind="stable"))
         slots: Int64 = self._slot_orders[number][within]
         return slots
@@ -359,8 +361,13 @@ class MixturePlan:
         """Samples of each source before ``batch`` and in it."""
         if segment.counts is not None:
             return segment.drawn, segment.counts
-        drawn = self._drawn_in(segment, batch)
-        return drawn, self._apportion(segment.weights, np.array([batch]))[0]
+        first, drawn, counts = segment.block
+        if not first <= batch < first + len(counts):
+            before = self._drawn_in(segment, batch)
+            counts = self._apportion(segment.weights, np.arange(batch, batch + _BLOCK_BATCHES))
+            drawn = before + np.cumsum(counts, axis=0) - counts
+            first, segment.block = batch, (batch, drawn, counts)
+        return drawn[batch - first], counts[batch - first]
 
     def _drawn_in(self, segment: _Segment, batch: int) -> Int64:
         """Samples of each source before ``batch``, which lies in ``segment`` or right behind it."""

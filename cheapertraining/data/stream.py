@@ -172,7 +172,7 @@ def download(
             if attempt == retry or is_final(error):
                 tried = f", {attempt + 1} attempts" if attempt else ""
                 raise UserError(
-                    f"shards of '{name}': cannot download {remote}{_endpoint(remote)} ({reason_of(error)}{tried}). "
+                    f"shards of '{name}': cannot read {remote}{_endpoint(remote)} ({reason_of(error)}{tried}). "
                     f"{_advice(error, target)}"
                 ) from error
         time.sleep(min(_LONGEST_WAIT, 2.0**attempt) * random.uniform(0.5, 1))
@@ -183,6 +183,8 @@ def reason_of(error: BaseException) -> str:
     error = getattr(error, "last_exception", error)  # what lies behind an S3 client's "max retries exceeded"
     if code := _status(error):
         return f"{code} {getattr(error, 'response', {}).get('Error', {}).get('Message', '')}".strip()
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     lines = str(error).strip().splitlines()
     if isinstance(error, _WrongContent):
         return lines[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,17 +54,23 @@ class Destination:
             return file.read_bytes() if file.is_file() else None
         from streaming.base.storage.download import CloudDownloader
 
+        from cheapertraining.data.stream import is_final
+
         with TemporaryDirectory() as folder:
             local = Path(folder, "file")
-            try:
-                CloudDownloader.direct_download(f"{self.root}/{name}", str(local))
-            except FileNotFoundError:
-                return None
-            except Exception as error:
-                if "404" in str(error) or "Not Found" in str(error):
+            for attempt in range(_ATTEMPTS):
+                try:
+                    CloudDownloader.direct_download(f"{self.root}/{name}", str(local))
+                    return local.read_bytes()
+                except FileNotFoundError:
                     return None
-                raise self._error("cannot read", name, error) from error
-            return local.read_bytes()
+                except Exception as error:
+                    if _is_missing(error):
+                        return None
+                    if attempt + 1 == _ATTEMPTS or is_final(error):
+                        raise self._error("cannot read", name, error) from error
+                time.sleep(2.0**attempt)
+        raise AssertionError("not reached")
 
     def names(self, prefix: str) -> list[str]:
         """Names of the files below ``prefix``, sorted.
@@ -97,11 +104,10 @@ class Destination:
             staged.unlink(missing_ok=True)
 
     def _error(self, what: str, name: str, error: Exception) -> UserError:
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        from cheapertraining.data.stream import reason_of
+
         todo = "the address and the credentials" if self.is_remote else "the path, its permissions and the free space"
-        return UserError(
-            f"{self.root}: {what} {name} ({type(error).__name__}: {reason}). Check {todo}; --resume goes on from here."
-        )
+        return UserError(f"{self.root}: {what} {name} ({reason_of(error)}). Check {todo}; --resume goes on from here.")
 
 
 @lru_cache(maxsize=4)
@@ -112,8 +118,14 @@ def _uploader(root: str, pid: int) -> Any:
     try:
         return CloudUploader.get(root, keep_local=True, retry=_ATTEMPTS)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        from cheapertraining.data.stream import reason_of
+
         raise UserError(
-            f"{root}: cannot be opened for writing ({type(error).__name__}: {reason}). Check the address and the "
-            "credentials."
+            f"{root}: cannot be opened for writing ({reason_of(error)}). Check the address and the credentials."
         ) from error
+
+
+def _is_missing(error: Exception) -> bool:
+    """Whether the store answered that there is no such object (Streaming overwrites what the error says)."""
+    response = getattr(error, "response", {})
+    return response.get("Error", {}).get("Code") in ("404", "NoSuchKey", "NoSuchBucket") or "404" in str(error)

@@ -5,25 +5,22 @@ from __future__ import annotations
 import fcntl
 import multiprocessing
 import os
-import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
-from typing import Any, TypeVar
+from typing import Any
 
-from cheapertraining.data.conversion.assemble import finish_part, plan_shards, write_planned_shard
-from cheapertraining.data.conversion.job import Job, open_job
-from cheapertraining.data.conversion.report import Report, collect_report
-from cheapertraining.data.conversion.windows import convert_piece, hash_piece, mark_duplicates
+from cheapertraining.data.conversion.job import Job
+from cheapertraining.data.conversion.phases import RunTasks, Step, run_phases
+from cheapertraining.data.conversion.report import Report
 from cheapertraining.errors import UserError
 
 __all__ = ["convert"]
 
-Task = TypeVar("Task")
 _POLL_SECONDS = 0.5
 
 
@@ -41,26 +38,7 @@ def convert(job: Job, *, workers: int = 1, resume: bool = False, progress: bool 
     Raises:
         UserError: bad input, see :class:`Settings`, :func:`list_pieces` and :func:`open_job`; a process died.
     """
-    started = time.monotonic()
-    _ = job.token_dtype  # refused here rather than in every process
-    with open_job(job, resume) as to_do:
-        if not to_do:
-            return Report({}, 0, 0, (), 0, 0, 0.0)
-        counters = _Shared(workers)
-        with _pool(job, workers, counters) as pool:
-            if job.settings.deduplicate:
-                with _bar(progress, "hash", sum(piece.bytes for piece in job.pieces), counters):
-                    _run(pool, job, _hash, range(len(job.pieces)), counters)
-                mark_duplicates(job)
-            mine = sum(job.pieces[number].bytes for number in job.my_pieces)
-            with _bar(progress, "tokenize", mine, counters):
-                _run(pool, job, _convert, job.my_pieces, counters)
-            tasks = plan_shards(job)
-            _run(pool, job, _write, tasks, counters)
-        metas = finish_part(job)
-        report = collect_report(job, metas, time.monotonic() - started)
-    shutil.rmtree(job.work, ignore_errors=True)
-    return report
+    return run_phases(job, lambda: _processes(job, workers, progress), resume)
 
 
 class _Shared:
@@ -100,36 +78,33 @@ class _Counters:
         self.counts[self.first + 2] += tokens
 
 
-def _hash(job: Job, number: int, counters: _Counters) -> None:
-    hash_piece(job, number, counters)
-
-
-def _convert(job: Job, number: int, counters: _Counters) -> None:
-    convert_piece(job, number, counters)
-
-
-def _write(job: Job, task: Any, counters: _Counters) -> None:
-    write_planned_shard(job, task)
-
-
 _worker_job: Job
 _worker_counters: _Counters
 
 
 @contextmanager
-def _pool(job: Job, workers: int, shared: _Shared) -> Iterator[Executor | None]:
-    """Processes that end when this one does; None for one worker, which is this process."""
+def _processes(job: Job, workers: int, progress: bool) -> Iterator[RunTasks]:
+    """Run tasks in processes that end when this one does; one worker is this process itself."""
     if workers < 1:
         raise UserError(f"workers: expected at least 1, found {workers}.")
+    shared = _Shared(workers)
+
+    def run_in(pool: Executor | None) -> RunTasks:
+        def run(what: str, step: Step, tasks: Sequence[Any], bytes: int) -> None:
+            with _bar(progress and bytes > 0, what, bytes, shared):
+                _run(pool, job, step, tasks, shared)
+
+        return run
+
     if workers == 1:
-        yield None
+        yield run_in(None)
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cheapertraining.data.conversion"])
     alive, ours = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (job, shared, alive))
     try:
-        yield pool
+        yield run_in(pool)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         ours.close()
@@ -159,24 +134,18 @@ def _end_with(alive: Connection) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _in_worker(function: Callable[[Job, Any, _Counters], None], task: Any) -> None:
-    function(_worker_job, task, _worker_counters)
+def _in_worker(step: Step, task: Any) -> None:
+    step(_worker_job, task, _worker_counters)
 
 
-def _run(
-    pool: Executor | None,
-    job: Job,
-    function: Callable[[Job, Any, _Counters], None],
-    tasks: Iterable[Any],
-    shared: _Shared,
-) -> None:
+def _run(pool: Executor | None, job: Job, step: Step, tasks: Sequence[Any], shared: _Shared) -> None:
     """Do all tasks; the first error stops those that have not begun."""
     if pool is None:
         counters = _Counters(shared)
         for task in tasks:
-            function(job, task, counters)
+            step(job, task, counters)
         return
-    futures = [pool.submit(_in_worker, function, task) for task in tasks]
+    futures = [pool.submit(_in_worker, step, task) for task in tasks]
     try:
         for future in as_completed(futures):
             future.result()
