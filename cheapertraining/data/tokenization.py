@@ -70,7 +70,7 @@ class TokenizerWrapper:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, computed together (in parallel threads where the library is allowed to)."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [list(encoding.ids) for encoding in encodings]
+        return [encoding.ids for encoding in encodings]
 
     def encode_rendered(self, texts: Sequence[str]) -> list[Encoding]:
         """Encodings (ids and offsets in characters) of texts that a chat template rendered.

@@ -7,11 +7,11 @@ The text of the inputs (default: the modules of the standard library) is repeate
 * `convert`: JSON lines to shards, as `tools/convert_text.py` does it, from start to end;
 * `tokenizer`: the same texts, in memory already, through the tokenizer in batches of 256, in as many processes;
 * `one by one`: a conversion that calls the tokenizer for each document, joins ids in Python lists and writes int32
-  rows, as is common practice, in as many processes.
+  rows, as is common practice, in as many processes, and in one (the usual default on a machine with two cores).
 
-Times are wall times with the start of the processes. Then the peak memory of a conversion of a tenth and of all the
-input, and what each way of packing does to the documents of the inputs. Where `trl` is installed, its best-fit packing
-stands beside ours: its truncations and rows.
+Times are wall times with the start of the processes. Then the peak memory of a conversion of a tenth of the input, of
+all, and of three times as much; and what each way of packing does to the documents of the inputs. Where `trl` is
+installed, its best-fit packing stands beside ours: its truncations and rows.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def run_one_by_one(source: Path, out: Path, tokenizer: str, workers: int) -> int
 
 def _in_processes(work: Callable[..., int], source: Path, out: Path, tokenizer: str, workers: int) -> int:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cheapertraining.data.conversion"])
+    context.set_forkserver_preload(["cheapertraining.data.conversion", "streaming"])
     with ProcessPoolExecutor(workers, context, _one_thread) as pool:
         files = sorted(source.glob("*.jsonl"))
         return sum(pool.map(work, files, [out] * len(files), [tokenizer] * len(files)))
@@ -149,6 +149,7 @@ def _convert_file(file: Path, out: Path, tokenizer: str) -> int:
 
 def compare_speed(source: Path, folder: Path, tokenizer: str, workers: int, rounds: int) -> None:
     runs = {"convert": run_convert, "tokenizer": run_tokenizer, "one by one": run_one_by_one}
+    runs["one by one, one process"] = lambda source, out, tokenizer, _: run_one_by_one(source, out, tokenizer, 1)
     rates: dict[str, list[float]] = {name: [] for name in runs}
     pure = []
     for number in range(rounds):
@@ -162,11 +163,12 @@ def compare_speed(source: Path, folder: Path, tokenizer: str, workers: int, roun
                 pure.append(tokens * workers / sum(float(file.read_text()) for file in out.glob("*.seconds")))
     rate = {name: statistics.median(values) for name, values in rates.items()}
     for name, value in rate.items():
-        print(f"{name:12s} {value:12,.0f} tokens/s  ({', '.join(f'{v:,.0f}' for v in rates[name])})")
+        print(f"{name:24s} {value:12,.0f} tokens/s  ({', '.join(f'{v:,.0f}' for v in rates[name])})")
     print(
-        f"{'pure':12s} {statistics.median(pure):12,.0f} tokens/s  (tokenizer calls alone, without reading and starting)"
+        f"{'pure':24s} {statistics.median(pure):12,.0f} tokens/s  (tokenizer calls alone, without reading and starting)"
     )
-    against = {"tokenizer": rate["tokenizer"], "pure": statistics.median(pure), "one by one": rate["one by one"]}
+    against = rate | {"pure": statistics.median(pure)}
+    del against["convert"]
     print("   ".join(f"convert / {name} {rate['convert'] / value:.2f}" for name, value in against.items()))
 
 
@@ -235,8 +237,10 @@ def main() -> None:
         source = write_files(folder / "all", texts, given.megabytes, 2 * given.workers)
         small = write_files(folder / "tenth", texts, given.megabytes / 10, 2 * given.workers)
         compare_speed(source, folder, wrapper.path, given.workers, given.rounds)
-        peaks = [peak_memory(part, folder / f"peak-{part.name}", wrapper.path) for part in (small, source)]
-        sizes = (given.megabytes / 10, given.megabytes)
+        large = write_files(folder / "three times", texts, 3 * given.megabytes, 2 * given.workers)
+        parts = (small, source, large)
+        peaks = [peak_memory(part, folder / f"peak-{part.name}", wrapper.path) for part in parts]
+        sizes = (given.megabytes / 10, given.megabytes, 3 * given.megabytes)
         print("peak memory: " + ", ".join(f"{p:.0f} MiB at {n:g} MB" for p, n in zip(peaks, sizes, strict=True)))
         packing_table(texts, wrapper)
 

@@ -100,7 +100,7 @@ def _processes(job: Job, workers: int, progress: bool) -> Iterator[RunTasks]:
         yield run_in(None)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cheapertraining.data.conversion"])
+    context.set_forkserver_preload(["cheapertraining.data.conversion", "streaming"])
     alive, ours = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (job, shared, alive))
     try:
