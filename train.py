@@ -22,6 +22,7 @@ def main(arguments: list[str]) -> int:
     from cheapertraining.config import check_batch_size, check_prepared, load_run_config
     from cheapertraining.errors import UserError
 
+    begun = False
     try:
         config = load_run_config(arguments[0], arguments[1:])
         check_batch_size(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -30,9 +31,10 @@ def main(arguments: list[str]) -> int:
             print(f"{arguments[0]}: {len(config.data.sources)} sources, {config.max_duration}. Starting …", flush=True)
         from cheapertraining.training import train
 
+        begun = True
         train(config)
     except UserError as error:
-        if first:
+        if first or begun:  # what is wrong with the config, every rank finds; what goes wrong later, perhaps one alone
             print(f"{error}", file=sys.stderr, flush=True)
         return 2
     return 0

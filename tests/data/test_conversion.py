@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streaming import StreamingDataset
 
 from cheapertraining.data import PackedDataset, PretrainDataset, TokenizerWrapper, read_meta, train_bpe
 from cheapertraining.data import pieces as pieces_module
@@ -27,6 +26,7 @@ from cheapertraining.data.documents import document_hash
 from cheapertraining.data.pieces import list_pieces
 from cheapertraining.data.shards import read_document_hashes
 from cheapertraining.errors import UserError
+from tests.data.streamed import streamed
 
 SPLITS = (("train", 0.8), ("heldout", 0.2))
 
@@ -73,7 +73,7 @@ def texts_in(corpus: Path) -> list[str]:
 def documents_in(folder: Path, tokenizer: TokenizerWrapper) -> Counter[str]:
     """Decoded documents of a shard folder, read by Streaming itself; only for rows whose documents are not cut."""
     found: Counter[str] = Counter()
-    for sample in StreamingDataset(local=str(folder), shuffle=False, batch_size=1):
+    for sample in streamed(folder):
         ends = np.cumsum(sample["doc_lengths"])
         for end, length in zip(ends.tolist(), sample["doc_lengths"].tolist(), strict=True):
             ids = sample["tokens"][end - length : end]
@@ -113,7 +113,7 @@ def test_no_token_is_lost_whatever_the_packing(
     report = convert(make_job(corpus, tmp_path / "s", tokenizer, packing=packing, splits=(("train", 1.0),)))
     expected = Counter(id for text in texts_in(corpus) for id in [*tokenizer.encode(text), tokenizer.eos_id])
     found: Counter[int] = Counter()
-    for sample in StreamingDataset(local=str(tmp_path / "s" / "train"), shuffle=False, batch_size=1):
+    for sample in streamed(tmp_path / "s" / "train"):
         found.update(sample["tokens"][: int(sample["doc_lengths"].sum())].tolist())
     assert found == expected
     meta = report.metas["train"]
@@ -127,7 +127,7 @@ def test_the_shards_are_those_that_the_same_documents_give_without_files(
     convert(job)
     packed = PackedDataset(PretrainDataset(texts_in(corpus), tokenizer), 32, tokenizer.pad_id, window_tokens=5000)
     rows = np.concatenate([window.tokens for window in packed])
-    shards = StreamingDataset(local=str(tmp_path / "s" / "train"), shuffle=False, batch_size=1)
+    shards = streamed(tmp_path / "s" / "train")
     assert np.array_equal(rows, np.stack([sample["tokens"] for sample in shards]))
     ids = np.concatenate([batch["input_ids"].numpy() for batch in packed.batches(7)])
     assert np.array_equal(ids, rows)
@@ -158,9 +158,7 @@ def test_parts_of_several_machines_merge_to_the_same_rows(
     metas = merge_parts(str(tmp_path / "many"))
     for split, _ in SPLITS:
         folders = [tmp_path / name / split for name in ("one", "many")]
-        one, many = (
-            [s["tokens"] for s in StreamingDataset(local=str(f), shuffle=False, batch_size=1)] for f in folders
-        )
+        one, many = ([s["tokens"] for s in streamed(f)] for f in folders)
         assert np.array_equal(one, many)
         assert metas[split] == read_meta(folders[0])
 
@@ -310,7 +308,7 @@ def test_sixteen_bits_must_hold_the_vocabulary(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"uint16 holds ids below 65,536, the tokenizer .* has 70,001 tokens"):
         convert(make_job(tmp_path / "a.txt", tmp_path / "s", tokenizer, token_dtype="uint16", splits=one))
     convert(make_job(tmp_path / "a.txt", tmp_path / "s", tokenizer, splits=one))
-    row = StreamingDataset(local=str(tmp_path / "s" / "train"), shuffle=False, batch_size=1)[0]
+    row = streamed(tmp_path / "s" / "train")[0]
     assert row["tokens"].dtype == np.uint32
     assert row["tokens"][:2].tolist() == [69_999, 70_000]
 
@@ -322,7 +320,7 @@ def test_a_document_of_fifty_megabytes_in_one_line(tmp_path: Path) -> None:
     job = make_job(tmp_path / "a.jsonl", tmp_path / "s", tokenizer, splits=(("train", 1.0),), shard_bytes=10**8)
     meta = convert(job).metas["train"]
     assert (meta.documents, meta.cut_documents, meta.tokens) == (2, 1, words + 1 + 2)
-    rows = StreamingDataset(local=str(tmp_path / "s" / "train"), shuffle=False, batch_size=1)
+    rows = streamed(tmp_path / "s" / "train")
     found = Counter(id for row in rows for id in row["tokens"][: int(row["doc_lengths"].sum())].tolist())
     assert found == {0: words, 1: 1 + 2}  # <eos> stands for unknown words as well
 

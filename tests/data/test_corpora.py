@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from streaming import StreamingDataset
 
 from cheapertraining.data import TokenizerWrapper, train_bpe
 from cheapertraining.data.conversion import Job, Settings, TextEncoder, convert
 from cheapertraining.data.conversion.destination import Destination
 from cheapertraining.data.pieces import list_pieces
+from tests.data.streamed import streamed
 
 CORPORA = Path(__file__).parents[3] / "shared" / "corpora"
 DOMAINS = sorted(folder.parent.name + "/" + folder.name for folder in CORPORA.glob("*/*") if folder.is_dir())
@@ -38,7 +38,7 @@ def test_every_document_comes_back(domain: str, tokenizer: TokenizerWrapper, tmp
               tmp_path / "s" / ".conversion")  # fmt: skip
     report = convert(job)
     found: Counter[str] = Counter()
-    for row in StreamingDataset(local=str(tmp_path / "s" / "train"), shuffle=False, batch_size=1):
+    for row in streamed(tmp_path / "s" / "train"):
         for ids in np.split(row["tokens"], np.cumsum(row["doc_lengths"]))[:-1]:
             found[tokenizer.decode(ids[:-1].tolist())] += 1
     assert found == Counter(texts)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
-from streaming import StreamingDataset
 
 from cheapertraining.data import TokenizerWrapper, read_meta, write_split
 from cheapertraining.data.inspection import describe, diff, read_rows
@@ -21,6 +20,7 @@ from cheapertraining.data.shards import DOCUMENTS_FILE
 from cheapertraining.data.verification import verify
 from cheapertraining.errors import UserError
 from tests.data.many_shards import SEQ_LEN, write_many, write_rows
+from tests.data.streamed import streamed
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +79,7 @@ class TestDescribe:
         ids: Counter[int] = Counter()
         lengths: list[int] = []
         loss_tokens = 0
-        for sample in StreamingDataset(local=str(copy), batch_size=1):
+        for sample in streamed(copy):
             lengths += sample["doc_lengths"].tolist()
             ids.update(sample["tokens"][: int(sample["doc_lengths"].sum())].tolist())
             loss_tokens += int(sample["loss_mask"].sum()) if "loss_mask" in sample else 0
@@ -110,7 +110,7 @@ class TestDescribe:
         assert len(describe(tiny_sample)) == 9
 
     def test_read_rows_gives_what_streaming_gives(self, made: Path) -> None:
-        theirs = StreamingDataset(local=str(made / "masked"), batch_size=1)
+        theirs = streamed(made / "masked")
         wanted = [120, 3, len(theirs) - 1, 50, 3]
         rows = read_rows(made / "masked", wanted)
         parts = np.split(rows.doc_lengths, np.cumsum(rows.pieces)[:-1])

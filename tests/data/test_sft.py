@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from streaming import StreamingDataset
 
 from cheapertraining.data import PackedDataset, SFTDataset, TokenizerWrapper, get_loader, write_documents, write_split
 from cheapertraining.data.documents import document_hash
@@ -19,6 +18,7 @@ from cheapertraining.data.shards import read_document_hashes, read_meta
 from cheapertraining.data.store import ShardFolder, ShardStore
 from cheapertraining.errors import UserError
 from tests.data.chats import CHATML, LAST_CLOSED, assistant, make_tokenizer, user
+from tests.data.streamed import streamed
 
 SEQ_LEN = 48
 ABOUT: dict[str, Any] = {"seq_len": SEQ_LEN, "license": "none", "origin": "test"}
@@ -135,7 +135,7 @@ def test_iterable_and_shards_give_the_same(
     for ours, theirs in ((rows.tokens, window.tokens), (rows.loss_mask, window.loss_mask)):
         assert (ours == theirs).all()
     assert rows.doc_lengths.tolist() == window.doc_lengths.tolist()
-    for row, sample in enumerate(StreamingDataset(local=str(tmp_path / "s"), batch_size=1, shuffle=False)):
+    for row, sample in enumerate(streamed(tmp_path / "s")):
         assert (sample["loss_mask"] == rows.loss_mask[row]).all()
     assert meta.loss_tokens == int(rows.loss_mask.sum()) == sum(int(d.loss_mask.sum()) for d in documents)  # type: ignore[union-attr]
     assert read_meta(tmp_path / "s") == meta
@@ -166,7 +166,7 @@ def test_a_mixture_of_conversations_and_plain_text(
         write_split(tmp_path / "text" / split, texts, tokenizer, source="text", split=split, **ABOUT)
     data = {"local": str(tmp_path), "seq_len": SEQ_LEN, "sources": {"text": {}, "chat": {}}}
     loader = get_loader(data, tokenizer, 8, num_workers=workers)
-    shards = [StreamingDataset(local=str(tmp_path / name / "train"), batch_size=1) for name in ("text", "chat")]
+    shards = [streamed(tmp_path / name / "train") for name in ("text", "chat")]
     seen = {0: 0, 1: 0}
     for batch, _ in zip(loader, range(12), strict=False):
         real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) == 1

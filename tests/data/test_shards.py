@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from streaming import StreamingDataset
 
 from cheapertraining.data import TokenizerWrapper, read_meta, write_split
 from cheapertraining.data.shards import read_document_hashes
 from cheapertraining.data.store import ShardFolder, ShardStore
 from cheapertraining.errors import UserError
+from tests.data.streamed import streamed
 
 TEXT = {"seq_len": 32, "source": "s", "split": "train", "license": "PSF-2.0", "origin": "test"}
 
@@ -26,7 +26,7 @@ def tokenizer(tiny_sample: Path) -> TokenizerWrapper:
 def pieces_of(folder: Path) -> list[list[int]]:
     """The pieces of documents in the rows of a folder, as Streaming's own reader gives them."""
     pieces = []
-    for sample in StreamingDataset(local=str(folder), batch_size=1):
+    for sample in streamed(folder):
         ends = np.cumsum(sample["doc_lengths"])
         assert ends[-1] <= len(sample["tokens"])
         pieces += [part.tolist() for part in np.split(sample["tokens"], ends)[:-1]]
@@ -51,7 +51,7 @@ def test_all_tokens_come_back_through_streaming(
 def test_store_reads_what_streaming_reads(tiny_sample: Path) -> None:
     folders = [ShardFolder(name, tiny_sample / name / "train") for name in ("code", "docs")]
     store = ShardStore(folders, seq_len=32)
-    theirs = StreamingDataset(local=str(tiny_sample / "docs" / "train"), batch_size=1)
+    theirs = streamed(tiny_sample / "docs" / "train")
     wanted = np.array([5, 0, 3, len(theirs) - 1, 5])
     rows = store.read(store.ids(np.full(len(wanted), 1), wanted))
     ends = np.cumsum(rows.pieces)

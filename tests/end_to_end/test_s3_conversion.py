@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from cheapertraining.data.conversion import merge_parts
+from tests.data.streamed import streamed
 from tests.end_to_end.real_runs import ROOT
 from tests.end_to_end.s3_server import BUCKET, CuttingProxy, S3Server
 
@@ -147,9 +148,8 @@ def test_parts_of_two_machines_merge_in_the_store_to_the_same_rows(
 
 
 def rows_in(folder: Path) -> list[bytes]:
-    from streaming import StreamingDataset
 
-    return [sample["tokens"].tobytes() for sample in StreamingDataset(local=str(folder), batch_size=1)]
+    return [sample["tokens"].tobytes() for sample in streamed(folder)]
 
 
 def test_cut_connections_while_writing(
