@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, SequentialSampler
 
@@ -134,6 +135,7 @@ def get_loader(
         pin_memory=pin_memory,
         collate_fn=cast(Any, collate),
         worker_init_fn=partial(_start_worker, store),
+        generator=torch.Generator(),  # of its own: with or without workers, it draws nothing from the model's
     )
     loader.mixture = mixture
     names = list(train)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -213,6 +213,11 @@ class MixtureSampler(DistributedSampler[int]):
         self._slots = slice(rank * size // world_size, (rank + 1) * size // world_size)
 
     def __iter__(self) -> Iterator[int]:
+        for ids in self.batches():
+            yield from ids.tolist()
+
+    def batches(self) -> Iterator[NDArray[np.int64]]:
+        """The same, as int64 ``[G / world_size]`` for each batch."""
         mixture = self.mixture
         mixture.plan.release(mixture.consumed)
         prefetcher = ShardPrefetcher(mixture.store, mixture.plan) if mixture.store.has_remote else None
@@ -228,7 +233,7 @@ class MixtureSampler(DistributedSampler[int]):
                     return
                 ids = mixture.store.ids(planned.source[self._slots], planned.sample[self._slots])
                 batch += 1
-                yield from ids.tolist()
+                yield ids
         finally:
             if prefetcher is not None:
                 prefetcher.close()
@@ -251,9 +256,15 @@ class MixtureLoader(DataLoader[SampledRows]):
     heldout: dict[str, DataLoader[SampledRows]]
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch types what it yields as the dataset's items
-        for batch in super().__iter__():
+        # Without workers a DataLoader only gathers ids one by one, at the cost of reading them.
+        plain = self.num_workers == 0 and not self.pin_memory and isinstance(self.sampler, MixtureSampler)
+        for batch in self._read_here() if plain else super().__iter__():
             self.mixture.consumed += 1
             yield batch
+
+    def _read_here(self) -> Iterator[Batch]:
+        for ids in cast(MixtureSampler, self.sampler).batches():
+            yield collate(self.mixture.__getitems__(ids))
 
     def __len__(self) -> int:
         raise TypeError("a mixture has no length: it ends by max_duration or by its exhaustion policy")
