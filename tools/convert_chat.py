@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 
 from cheapertraining.errors import UserError
-from tools.convert_text import add_options, run
+from tools.convert_text import add_options, exit_code, run
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line and convert; 2 on bad input, 130 when interrupted."""
+    """Parse the command line and convert; see :func:`~tools.convert_text.exit_code`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument(
@@ -31,21 +31,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--format", default="auto", metavar="auto|jsonl|parquet", help="of the files (default: by their names)"
     )
-    parser.add_argument("--deduplicate", action="store_true", help="keep the first of conversations that say the same")
+    parser.set_defaults(text_unit="file")
     given = parser.parse_args(arguments)
-    try:
-        from cheapertraining.data.conversion.chat_encoder import ChatEncoder
+
+    def work() -> None:
+        from cheapertraining.data.conversion import ChatEncoder
 
         template = None if given.chat_template is None else _read(given.chat_template)
         length = given.seq_len if given.max_length is None else given.max_length
         run(given, ChatEncoder.of(given.tokenizer, template, length, given.on_error))
-    except UserError as error:
-        print(f"convert_chat: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("convert_chat: stopped; the same command with --resume goes on.", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code("convert_chat", work)
 
 
 def _read(file: Path) -> str:

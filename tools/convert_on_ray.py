@@ -23,7 +23,7 @@ from typing import Any
 from cheapertraining.data.conversion import Job, Report
 from cheapertraining.data.conversion.phases import Step, run_phases
 from cheapertraining.errors import UserError
-from tools.convert_text import add_options, add_text_options, job_of
+from tools.convert_text import add_options, add_text_options, exit_code, job_of
 
 
 def convert(job: Job, *, at_once: int, resume: bool, progress: bool) -> Report:
@@ -142,25 +142,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line and convert; 2 on bad input, 130 when interrupted."""
+    """Parse the command line and convert; see :func:`~tools.convert_text.exit_code`."""
     given = _parser().parse_args(arguments)
-    try:
+
+    def work() -> None:
         from cheapertraining.data.conversion import TextEncoder, try_out
 
         job = job_of(given, TextEncoder(given.tokenizer, given.text_column, given.on_error))
         if given.dry_run:
             print(try_out(job))
-            return 0
+            return
         with _cluster(given.address):
-            report = convert(job, at_once=given.workers, resume=given.resume, progress=sys.stderr.isatty())
-        print(report)
-    except UserError as error:
-        print(f"convert_on_ray: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("convert_on_ray: stopped; the same command with --resume goes on.", file=sys.stderr)
-        return 130
-    return 0
+            print(convert(job, at_once=given.workers, resume=given.resume, progress=sys.stderr.isatty()))
+
+    return exit_code("convert_on_ray", work)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="fail|skip",
         help="at a bad record: stop, or count it (default: %(default)s)",
     )
+    add("--deduplicate", action="store_true", help="keep the first of documents that say the same")
     add("--resume", action="store_true", help="go on with what was begun, or leave alone what is finished")
     add("--dry-run", action="store_true", help="try a few documents and report; write nothing")
 
@@ -65,7 +67,6 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-unit", default="file", metavar="file|line|paragraph", help="a document in text (default: %(default)s)"
     )
-    parser.add_argument("--deduplicate", action="store_true", help="keep the first of documents with the same text")
 
 
 def job_of(given: argparse.Namespace, encoder: Encoder) -> Job:
@@ -97,7 +98,7 @@ def job_of(given: argparse.Namespace, encoder: Encoder) -> Job:
         hashes=tuple(name for name in given.hashes.split(",") if name),
         seed=given.seed,
         part=part,
-        deduplicate=getattr(given, "deduplicate", False),
+        deduplicate=given.deduplicate,
         license=given.license,
         origin=given.origin,
     )
@@ -105,8 +106,8 @@ def job_of(given: argparse.Namespace, encoder: Encoder) -> Job:
     work = given.work or Path(f".conversion-{name}-{place}" if destination.is_remote else Path(given.out, WORK_FOLDER))
     if part[1] > 1 and given.work is None:
         work = work / f"{part[0]:04}-of-{part[1]:04}"
-    format, unit = getattr(given, "format", "auto"), getattr(given, "text_unit", "file")
-    return Job(settings, encoder, tuple(list_pieces(given.inputs, hub, format, unit)), destination, work)
+    pieces = tuple(list_pieces(given.inputs, hub, given.format, given.text_unit))
+    return Job(settings, encoder, pieces, destination, work)
 
 
 def run(given: argparse.Namespace, encoder: Encoder) -> None:
@@ -142,23 +143,32 @@ def _part(text: str) -> tuple[int, int]:
         raise UserError(f"--part: expected I/N such as 3/8, found '{text}'.") from error
 
 
+def exit_code(tool: str, work: Callable[[], None]) -> int:
+    """Do the work of a command: 0, or 2 on bad input and 130 when interrupted, with a line on standard error."""
+    try:
+        work()
+    except UserError as error:
+        print(f"{tool}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{tool}: stopped; the same command with --resume goes on.", file=sys.stderr)
+        return 130
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line and convert; 2 on bad input, 130 when interrupted."""
+    """Parse the command line and convert; see :func:`exit_code`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     add_text_options(parser)
     given = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         from cheapertraining.data.conversion import TextEncoder
 
         run(given, TextEncoder(given.tokenizer, given.text_column, given.on_error))
-    except UserError as error:
-        print(f"convert_text: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("convert_text: stopped; the same command with --resume goes on.", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code("convert_text", work)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from cheapertraining.data.loader import shard_folders
 from cheapertraining.data.plan import Exhausted, MixturePlan
 from cheapertraining.data.shard_files import read_index
 from cheapertraining.data.shards import INDEX_FILE, META_FILE, ShardMeta, check_compatible, read_meta
-from cheapertraining.data.store import ShardFolder
+from cheapertraining.data.store import ShardFolder, missing_shards
 from cheapertraining.errors import UserError
 
 if TYPE_CHECKING:
@@ -215,24 +215,14 @@ class _Walk:
 def _fetch_meta(folder: ShardFolder, data: DataConfig) -> ShardMeta:
     """The meta of a folder, its index being there too afterwards."""
     if folder.remote is not None:
-        _download(folder, folder.remote, data.download_retry)
+        from cheapertraining.data.stream import download_beside  # what a run then finds in its cache
+
+        download_beside(folder.name, folder.remote, folder.local, (META_FILE, INDEX_FILE), data.download_retry)
     if not (folder.local / INDEX_FILE).is_file():
-        todo = f"Run `{data.prepare_hint}` first." if data.prepare_hint else "Check the path, or make the shards."
-        raise UserError(f"no shards of '{folder.name}': {folder.local / INDEX_FILE} not found. {todo}")
+        raise missing_shards(folder, data.prepare_hint)
     meta = read_meta(folder.local)
     check_compatible(folder.local, meta, seq_len=data.seq_len, tokenizer=None)
     return meta
-
-
-def _download(folder: ShardFolder, remote: str, retry: int) -> None:
-    """Bring the small files, which a run then finds in its cache."""
-    from cheapertraining.data.stream import download, downloader_of
-
-    folder.local.mkdir(parents=True, exist_ok=True)
-    downloader = downloader_of(folder.name, remote)
-    for file in (META_FILE, INDEX_FILE):
-        download(downloader, f"{remote.rstrip('/')}/{file}", folder.local / file, name=folder.name, retry=retry)
-    downloader.clean_up()
 
 
 def _split_size(folder: ShardFolder, data: DataConfig, what: str, warnings: list[str]) -> SplitSize | None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cheapertraining.data.rows import TokenRows
-from cheapertraining.data.shard_files import LayoutError, ShardEntry, ShardRows, read_index, shard_folders
+from cheapertraining.data.shard_files import LayoutError, ShardEntry, ShardRows, find_shard_folders, read_index
 from cheapertraining.data.shards import ShardMeta, read_document_hashes, read_meta
 from cheapertraining.errors import UserError
 
@@ -84,7 +84,7 @@ def describe(folder: Path) -> list[Description]:
     Raises:
         UserError: no shards, or such as :func:`~cheapertraining.data.verification.verify` would find fault with.
     """
-    return [_describe_folder(found) for found in shard_folders(folder)]
+    return [_describe_folder(found) for found in find_shard_folders(folder)]
 
 
 def read_rows(folder: Path, samples: Sequence[int]) -> TokenRows:
@@ -137,8 +137,8 @@ def diff(a: Path, b: Path) -> list[Difference]:
     Raises:
         UserError: no shards in one of them, or unreadable ones.
     """
-    here = {str(found.relative_to(a)): found for found in shard_folders(a)}
-    there = {str(found.relative_to(b)): found for found in shard_folders(b)}
+    here = {str(found.relative_to(a)): found for found in find_shard_folders(a)}
+    there = {str(found.relative_to(b)): found for found in find_shard_folders(b)}
     differences = [
         Difference(name, "there" if name in here else "missing", "there" if name in there else "missing")
         for name in sorted(here.keys() ^ there.keys())

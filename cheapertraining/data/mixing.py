@@ -257,7 +257,7 @@ class MixtureLoader(DataLoader[SampledRows]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch types what it yields as the dataset's items
         # Without workers a DataLoader only gathers ids one by one, at the cost of reading them.
-        plain = self.num_workers == 0 and not self.pin_memory and isinstance(self.sampler, MixtureSampler)
+        plain = self.num_workers == 0 and not self.pin_memory
         for batch in self._read_here() if plain else super().__iter__():
             self.mixture.consumed += 1
             yield batch

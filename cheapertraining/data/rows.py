@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cheapertraining.data.documents import EncodedDocument
 from cheapertraining.data.packing import Rows
 
-__all__ = ["SampledRows", "TokenRows", "cut_rows", "fill_rows"]
+__all__ = ["SampledRows", "TokenRows", "cut_rows", "fill_rows", "slice_rows"]
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,21 @@ def fill_rows(
 
 def cut_rows(rows: TokenRows, count: int) -> Iterator[TokenRows]:
     """``rows`` in runs of ``count``, the last one shorter."""
-    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows.pieces)])
+    starts = _piece_starts(rows)
     for first in range(0, len(rows), count):
-        last = min(first + count, len(rows))
-        mask = None if rows.loss_mask is None else rows.loss_mask[first:last]
-        lengths = rows.doc_lengths[starts[first] : starts[last]]
-        yield TokenRows(rows.tokens[first:last], lengths, rows.pieces[first:last], mask)
+        yield _slice(rows, starts, first, min(first + count, len(rows)))
+
+
+def slice_rows(rows: TokenRows, first: int, last: int) -> TokenRows:
+    """Rows ``first`` to ``last - 1``."""
+    return _slice(rows, _piece_starts(rows), first, last)
+
+
+def _piece_starts(rows: TokenRows) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(rows.pieces)])
+
+
+def _slice(rows: TokenRows, starts: NDArray[np.int64], first: int, last: int) -> TokenRows:
+    mask = None if rows.loss_mask is None else rows.loss_mask[first:last]
+    lengths = rows.doc_lengths[starts[first] : starts[last]]
+    return TokenRows(rows.tokens[first:last], lengths, rows.pieces[first:last], mask)

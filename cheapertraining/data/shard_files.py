@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cheapertraining.data.shards import INDEX_FILE, ShardMeta
 from cheapertraining.errors import UserError
 
-__all__ = ["FileEntry", "LayoutError", "RowChunk", "ShardEntry", "ShardRows", "read_index", "shard_folders"]
+__all__ = ["FileEntry", "LayoutError", "RowChunk", "ShardEntry", "ShardRows", "find_shard_folders", "read_index"]
 
 Int64 = NDArray[np.int64]
 
@@ -197,7 +197,7 @@ class ShardRows:
         return np.asarray(offsets[:-1] + head)
 
 
-def shard_folders(folder: Path) -> list[Path]:
+def find_shard_folders(folder: Path) -> list[Path]:
     """``folder`` itself if it holds shards, else the folders below it that do, such as the splits of a source.
 
     Folders with shards but without index are among them; those whose names begin with a dot are not.

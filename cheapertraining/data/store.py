@@ -22,6 +22,7 @@ from cheapertraining.data import shared_memory
 from cheapertraining.data.rows import TokenRows
 from cheapertraining.data.shards import (
     DOCUMENTS_FILE,
+    INDEX_FILE,
     META_FILE,
     ShardMeta,
     check_compatible,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from streaming import StreamingDataset
     from streaming.base.format.base.reader import JointReader
 
-__all__ = ["ShardFolder", "ShardStore"]
+__all__ = ["ShardFolder", "ShardStore", "missing_shards"]
 
 _EVICTION_RETRIES = 8
 _REMOTE, _PREPARING = 1, 2  # states of a shard in Streaming, which exports no names for them
@@ -48,6 +49,12 @@ class ShardFolder:
     name: str
     local: Path
     remote: str | None = None
+
+
+def missing_shards(folder: ShardFolder, hint: str | None) -> UserError:
+    """What to say where a folder has no index; ``hint`` is what to run."""
+    todo = f"Run `{hint}` first." if hint else "Check the path, or make the shards."
+    return UserError(f"no shards of '{folder.name}': {folder.local / INDEX_FILE} not found. {todo}")
 
 
 class ShardStore:
@@ -174,12 +181,6 @@ class ShardStore:
         self._fetch_sidecar(self.folders[folder], DOCUMENTS_FILE)
         return read_document_hashes(self.folders[folder].local)
 
-    def shard_bytes(self, folder: int) -> int:
-        """Bytes that the largest shard of a folder takes on disk, its compressed form included."""
-        first, count = self._shards_of(folder)
-        shards = cast("list[JointReader]", self._dataset.shards[first : first + count])
-        return max(int(shard.get_max_size()) for shard in shards)
-
     def after_fork(self) -> None:
         """To be called in a DataLoader worker: a file lock must not be shared with the parent process."""
         self._dataset.__dict__.pop("_cache_filelock", None)
@@ -198,20 +199,15 @@ class ShardStore:
         for folder in self.folders:
             if folder.remote is not None:
                 self._fetch_sidecar(folder, META_FILE)
-            elif not (folder.local / "index.json").is_file():
-                todo = f"Run `{hint}` first." if hint else "Check the path, or make the shards."
-                raise UserError(f"no shards of '{folder.name}': {folder.local / 'index.json'} not found. {todo}")
+            elif not (folder.local / INDEX_FILE).is_file():
+                raise missing_shards(folder, hint)
 
     def _fetch_sidecar(self, folder: ShardFolder, name: str) -> None:
         """Bring one file that lies beside the shards; kept once it is there."""
-        if folder.remote is None or (folder.local / name).is_file():
-            return
-        from cheapertraining.data.stream import download, downloader_of
+        if folder.remote is not None and not (folder.local / name).is_file():
+            from cheapertraining.data.stream import download_beside
 
-        remote = f"{folder.remote.rstrip('/')}/{name}"
-        downloader = downloader_of(folder.name, folder.remote)
-        download(downloader, remote, folder.local / name, name=folder.name, retry=self._download_retry)
-        downloader.clean_up()
+            download_beside(folder.name, folder.remote, folder.local, (name,), self._download_retry)
 
     def _open_dataset(self, validate_hash: str | None, download_retry: int) -> StreamingDataset:
         from streaming import StreamingDataset

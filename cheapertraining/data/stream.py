@@ -10,7 +10,7 @@ import errno
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from streaming.base.storage.download import CloudDownloader
 
 from cheapertraining.errors import UserError
 
-__all__ = ["ShardStream", "download", "downloader_of", "is_final", "reason_of"]
+__all__ = ["ShardStream", "download", "download_beside", "downloader_of", "is_final", "reason_of"]
 
 _PART = ".part"
 _LONGEST_WAIT = 30.0  # seconds
@@ -176,6 +176,15 @@ def download(
                     f"{_advice(error, target)}"
                 ) from error
         time.sleep(min(_LONGEST_WAIT, 2.0**attempt) * random.uniform(0.5, 1))
+
+
+def download_beside(name: str, remote: str, local: Path, files: Sequence[str], retry: int) -> None:
+    """Bring small files of a shard folder; see :func:`download`."""
+    local.mkdir(parents=True, exist_ok=True)
+    downloader = downloader_of(name, remote)
+    for file in files:
+        download(downloader, _join(remote, file), local / file, name=name, retry=retry)
+    downloader.clean_up()
 
 
 def reason_of(error: BaseException) -> str:

@@ -19,8 +19,8 @@ from cheapertraining.data.shard_files import (
     RowChunk,
     ShardEntry,
     ShardRows,
+    find_shard_folders,
     read_index,
-    shard_folders,
 )
 from cheapertraining.data.shards import (
     DOCUMENTS_FILE,
@@ -94,7 +94,7 @@ def verify(folder: Path, *, workers: int = 1) -> Verification:
     start = time.perf_counter()
     result = Verification()
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        for split in shard_folders(folder):
+        for split in find_shard_folders(folder):
             _verify_folder(split, pool, result)
     result.seconds = time.perf_counter() - start
     return result

@@ -16,7 +16,7 @@ import numpy as np
 from cheapertraining.data.conversion.destination import Destination
 from cheapertraining.data.conversion.job import DONE_FILE, Job, write_json
 from cheapertraining.data.conversion.windows import Window, committed_windows, disk_errors
-from cheapertraining.data.rows import TokenRows
+from cheapertraining.data.rows import TokenRows, slice_rows
 from cheapertraining.data.shards import (
     DOCUMENTS_FILE,
     FORMAT_VERSION,
@@ -48,7 +48,7 @@ def plan_shards(job: Job) -> list[ShardTask]:
     Raises:
         UserError: a split has no document.
     """
-    found = [window for number in job.my_pieces for window in committed_windows(job, number)]
+    found = _windows(job)
     tasks: list[ShardTask] = []
     for split, share in job.settings.splits:
         own = [window for window in found if split in window.splits]
@@ -101,17 +101,16 @@ def finish_part(job: Job) -> dict[str, ShardMeta]:
     """Write this part's share of the index; where there is only one part, merge it at once."""
     metas: dict[str, ShardMeta] = {}
     shards: dict[str, list[dict[str, Any]]] = {}
-    numbers: dict[str, int] = {}
-    for task in plan_shards(job):
-        numbers[task.split] = task.number + 1
+    found = _windows(job)
     for split, _ in job.settings.splits:
-        own = [window for piece in job.my_pieces for window in committed_windows(job, piece) if split in window.splits]
+        own = [window for window in found if split in window.splits]
         documents = job.work / f"{split}.{DOCUMENTS_FILE}"
         with disk_errors(job), documents.open("wb") as handle:
             for window in own:
                 handle.write(window.document_hashes(split).astype("<u8").tobytes())
         metas[split] = _meta(job, split, own)
-        files = [_entry_file(job, split, n) for n in range(numbers.get(split, 0))]
+        count = -(-metas[split].samples // rows_in_shard(metas[split], job.settings.shard_bytes))
+        files = [_entry_file(job, split, number) for number in range(count)]
         shards[split] = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         job.destination.put(documents, f"{job.part_name}/{split}.{DOCUMENTS_FILE}")
     content = {
@@ -241,14 +240,15 @@ def _sum(metas: list[ShardMeta]) -> ShardMeta:
     return replace(metas[0], **sums)
 
 
+def _windows(job: Job) -> list[Window]:
+    """All windows of this part, in order."""
+    return [window for number in job.my_pieces for window in committed_windows(job, number)]
+
+
 def _entry_file(job: Job, split: str, number: int) -> Path:
     return job.work / "shards" / f"{split}.{number:05}.json"
 
 
 def _rows_of(task: ShardTask) -> Iterator[TokenRows]:
     for folder, first, last in task.runs:
-        rows = Window(folder, {}).rows(task.split)
-        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows.pieces)])
-        mask = None if rows.loss_mask is None else rows.loss_mask[first:last]
-        lengths = rows.doc_lengths[starts[first] : starts[last]]
-        yield TokenRows(rows.tokens[first:last], lengths, rows.pieces[first:last], mask)
+        yield slice_rows(Window(folder, {}).rows(task.split), first, last)

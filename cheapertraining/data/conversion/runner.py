@@ -12,7 +12,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import IO, Any
 
 from cheapertraining.data.conversion.job import Job
 from cheapertraining.data.conversion.phases import RunTasks, Step, run_phases
@@ -80,6 +80,7 @@ class _Counters:
 
 _worker_job: Job
 _worker_counters: _Counters
+_worker_lock: IO[str]
 
 
 @contextmanager
@@ -111,13 +112,12 @@ def _processes(job: Job, workers: int, progress: bool) -> Iterator[RunTasks]:
 
 
 def _start_worker(job: Job, shared: _Shared, alive: Connection) -> None:
-    global _worker_job, _worker_counters
+    global _worker_job, _worker_counters, _worker_lock
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _worker_job, _worker_counters = job, _Counters(shared)
     _end_with(alive)
-    lock = open(job.work / "workers.lock", "a+")  # noqa: SIM115 (held until the process ends)
-    fcntl.flock(lock, fcntl.LOCK_SH)
-    _start_worker.__dict__["lock"] = lock
+    _worker_lock = open(job.work / "workers.lock", "a+")  # noqa: SIM115 (held until the process ends)
+    fcntl.flock(_worker_lock, fcntl.LOCK_SH)
 
 
 def _end_with(alive: Connection) -> None:

@@ -83,10 +83,10 @@ def convert_piece(job: Job, number: int, progress: Progress) -> None:
     count = _Count()
     records = count.of(read_piece(piece, lambda n: progress.add(bytes=n), job.encoder.columns or None))
     documents = job.encoder.documents(records, sum(window.documents for window in done), _duplicates(job, number))
-    first = len(done)
-    made = first
-    for made, window in enumerate(windows(documents, job.settings.window_tokens), first + 1):
-        _commit(job, number, made - 1, window)
+    made = len(done)
+    for window in windows(documents, job.settings.window_tokens):
+        _commit(job, number, made, window)
+        made += 1
         progress.add(documents=len(window), tokens=sum(len(document.ids) for document in window))
     report = {
         "windows": made,
