@@ -36,8 +36,10 @@ def collate(sampled: SampledRows) -> Batch:
     labels.reshape(-1)[starts] = IGNORED
     if sampled.rows.loss_mask is not None:
         labels[sampled.rows.loss_mask == 0] = IGNORED
-    positions = np.repeat(starts % seq_len, lengths).reshape(count, seq_len)
-    np.subtract(_row_index(seq_len), positions, out=positions)
+    # Joining pieces of a ready index copies them whole; np.repeat would go through them a number at a time.
+    index = _row_index(seq_len)
+    pieces = bytearray().join([index[:size] for size in (lengths * 8).tolist()])
+    positions = np.frombuffer(pieces, np.int64).reshape(count, seq_len)
     batch = {
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels),
@@ -53,9 +55,9 @@ def collate(sampled: SampledRows) -> Batch:
 
 
 @lru_cache(maxsize=4)
-def _row_index(seq_len: int) -> NDArray[np.int64]:
-    """0 to ``seq_len - 1``, made once: rows have the same length throughout a run."""
-    return np.arange(seq_len)
+def _row_index(seq_len: int) -> memoryview:
+    """The bytes of 0 to ``seq_len - 1`` in int64, made once: rows have the same length throughout a run."""
+    return np.arange(seq_len, dtype=np.int64).data.cast("B")
 
 
 def _with_padding(rows: TokenRows, seq_len: int) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from cheapertraining.data.collate import Batch, collate
-from cheapertraining.data.plan import Exhausted, MixturePlan
+from cheapertraining.data.plan import Exhausted, MixturePlan, PlannedBatch
 from cheapertraining.data.prefetch import ShardPrefetcher
 from cheapertraining.data.rows import SampledRows
 from cheapertraining.data.store import ShardStore
@@ -213,11 +213,11 @@ class MixtureSampler(DistributedSampler[int]):
         self._slots = slice(rank * size // world_size, (rank + 1) * size // world_size)
 
     def __iter__(self) -> Iterator[int]:
-        for ids in self.batches():
-            yield from ids.tolist()
+        for planned in self.batches():
+            yield from self.mixture.store.ids(planned.source, planned.sample).tolist()
 
-    def batches(self) -> Iterator[NDArray[np.int64]]:
-        """The same, as int64 ``[G / world_size]`` for each batch."""
+    def batches(self) -> Iterator[PlannedBatch]:
+        """What the ids stand for: this rank's slots of each batch, ``[G / world_size]``."""
         mixture = self.mixture
         mixture.plan.release(mixture.consumed)
         prefetcher = ShardPrefetcher(mixture.store, mixture.plan) if mixture.store.has_remote else None
@@ -231,9 +231,8 @@ class MixtureSampler(DistributedSampler[int]):
                 except Exhausted as end:
                     mixture.exhausted = str(end)
                     return
-                ids = mixture.store.ids(planned.source[self._slots], planned.sample[self._slots])
                 batch += 1
-                yield ids
+                yield PlannedBatch(planned.source[self._slots], planned.sample[self._slots])
         finally:
             if prefetcher is not None:
                 prefetcher.close()
@@ -263,8 +262,10 @@ class MixtureLoader(DataLoader[SampledRows]):
             yield batch
 
     def _read_here(self) -> Iterator[Batch]:
-        for ids in cast(MixtureSampler, self.sampler).batches():
-            yield collate(self.mixture.__getitems__(ids))
+        store = self.mixture.store
+        for planned in cast(MixtureSampler, self.sampler).batches():
+            rows = store.read(store.ids(planned.source, planned.sample))
+            yield collate(SampledRows(rows, planned.source, planned.sample))
 
     def __len__(self) -> int:
         raise TypeError("a mixture has no length: it ends by max_duration or by its exhaustion policy")
