@@ -1,0 +1,15 @@
+"""Preconditioners: ``H^-1 u`` for a probe's direction ``u``.
+
+``g_i^T H^-1 v = <g_i, H^-1 v>``: whatever curvature an estimator divides by, it changes the few directions of probes
+and never the work done for each sample. What each of them takes for ``H`` is said in its module:
+
+    adam        the square root of Adam's second moments
+    datainf     per tensor, the mean over samples of damped rank-one inverses; and its limit, one scale per tensor
+    kronecker   K-FAC and EK-FAC, per tensor
+    krylov      the damped Gauss-Newton matrix itself, without forming it: slow references
+"""
+
+from cheapertraining.influence.preconditioners.adam import Adam
+from cheapertraining.influence.preconditioners.base import Identity, Preconditioner
+
+__all__ = ["Adam", "Identity", "Preconditioner"]
