@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from cheapertraining.errors import UserError, nearest
+from cheapertraining.influence.sharding import local, reshard
 
-__all__ = ["Directions", "Layers", "canonical_name", "select_parameters"]
+__all__ = ["Directions", "Layers", "canonical_name", "select_parameters", "wide", "zeros_like"]
 
 Layers = str | Sequence[str]
 """``"all"``, ``"embedding_and_output"``, ``"last_<k>"`` (the last k decoder blocks), or glob patterns of names."""
@@ -51,6 +52,7 @@ def select_parameters(model: nn.Module, layers: Layers = "all") -> dict[str, nn.
     Raises:
         UserError: nothing is trainable, or the layers match nothing.
     """
+    reshard(model)  # A root that FSDP left gathered would show parameters that are not trained.
     trainable: dict[str, nn.Parameter] = {}
     aliases: dict[int, list[str]] = {}
     for raw, parameter in model.named_parameters(remove_duplicate=False):
@@ -111,13 +113,15 @@ def _embedding_and_output(model: nn.Module) -> list[str]:
 
 
 def zeros_like(parameters: Mapping[str, torch.Tensor], names: Sequence[str]) -> Directions:
-    """Zero directions over ``parameters``, float32 (float64 for float64 parameters), on their devices."""
-    return Directions(
-        tuple(names),
-        {
-            name: torch.zeros(
-                (len(names), *p.shape), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device
-            )
-            for name, p in parameters.items()
-        },
-    )
+    """Zero directions over ``parameters``, float32 (float64 for float64 parameters), on their devices.
+
+    Of sharded parameters, over what this rank holds.
+    """
+    held = {name: local(parameter) for name, parameter in parameters.items()}
+    tensors = {name: tensor.new_zeros((len(names), *tensor.shape), dtype=wide(tensor)) for name, tensor in held.items()}
+    return Directions(tuple(names), tensors)
+
+
+def wide(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype that directions over a parameter have: float64 for float64, else float32."""
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,0 +1,60 @@
+"""What influence code asks of several processes: shares of the rows, sums, and whether all agree."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+
+from cheapertraining.errors import UserError
+
+__all__ = ["check_equal_passes", "rank_and_world", "rank_rows", "sum_over_ranks"]
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of processes; ``(0, 1)`` without ``torch.distributed``."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def rank_rows(count: int) -> list[tuple[int, float]]:
+    """Split ``count`` rows over the ranks: ``(row, 1.0)`` for this rank's, filled up with ``(0, 0.0)`` that
+    do not count.
+
+    All ranks get equally many, so that they make the same number of passes (a sharded model needs that).
+    """
+    rank, world = rank_and_world()
+    mine = [(row, 1.0) for row in range(rank, count, world)]
+    return mine + [(0, 0.0)] * (math.ceil(count / world) - len(mine))
+
+
+def sum_over_ranks(values: torch.Tensor) -> None:
+    """Replace ``values`` by their sum over all ranks, where there are several."""
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(values)
+
+
+def check_equal_passes(count: int, what: str, device: torch.device) -> None:
+    """Refuse, on every rank alike, work that would leave ranks waiting for each other for ever.
+
+    Args:
+        count: passes that this rank is about to make.
+        what: is about to be passed over, for the message.
+        device: that the process group's backend works on.
+
+    Raises:
+        UserError: the ranks' counts differ.
+    """
+    world = rank_and_world()[1]
+    if world == 1:
+        return
+    gathered = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
+    dist.all_gather(gathered, torch.tensor([count], dtype=torch.int64, device=device))
+    counts = [int(each) for each in gathered]
+    if len(set(counts)) > 1:
+        raise UserError(
+            f"influence: expected {what} in equally many passes on each rank, found {counts}, by rank. Give every rank "
+            "the same number of batches."
+        )
