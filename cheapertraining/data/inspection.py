@@ -15,7 +15,7 @@ from cheapertraining.data.shard_files import LayoutError, ShardEntry, ShardRows,
 from cheapertraining.data.shards import ShardMeta, read_document_hashes, read_meta
 from cheapertraining.errors import UserError
 
-__all__ = ["Description", "Difference", "LengthBin", "describe", "diff", "read_rows"]
+__all__ = ["Description", "Difference", "LengthBin", "describe", "diff", "open_shard", "read_rows"]
 
 _ROWS_COMPARED = 1024
 
@@ -104,7 +104,7 @@ def read_rows(folder: Path, samples: Sequence[int]) -> TokenRows:
     mask = None if meta.loss_tokens is None else np.zeros(tokens.shape, np.uint8)
     lengths: dict[int, NDArray[np.uint32]] = {}
     for shard in np.unique(shards).tolist():
-        rows = _open_shard(entries[shard], meta)
+        rows = open_shard(entries[shard], meta)
         for i in np.flatnonzero(shards == shard).tolist():
             row = int(wanted[i] - (ends[shard] - entries[shard].samples))
             chunk = rows.take(np.array([row]))
@@ -150,7 +150,12 @@ def diff(a: Path, b: Path) -> list[Difference]:
     return differences
 
 
-def _open_shard(entry: ShardEntry, meta: ShardMeta) -> ShardRows:
+def open_shard(entry: ShardEntry, meta: ShardMeta) -> ShardRows:
+    """The rows of a shard, which is read whole.
+
+    Raises:
+        UserError: it has other columns than ``meta`` says, or is unreadable.
+    """
     file = entry.folder / (entry.zip or entry.raw).name
     if dict(entry.columns) != meta.columns:
         raise UserError(f"{file}: expected the columns {meta.columns}, found {dict(entry.columns)}. Make it again.")
@@ -166,7 +171,7 @@ def _describe_folder(folder: Path) -> Description:
     bins = np.zeros((2, 33), np.int64)  # by bit length of a uint32: pieces, tokens
     samples = tokens = loss_tokens = 0
     for entry in entries:
-        rows = _open_shard(entry, meta)
+        rows = open_shard(entry, meta)
         samples += len(rows)
         tokens += int(rows.filled.sum())
         bits = np.frexp(rows.doc_lengths.astype(np.float64))[1]
@@ -282,7 +287,7 @@ class _RowReader:
     def available(self) -> int:
         """Rows left in the current shard, the next one being opened where there are none; 0 at the end."""
         while (self._rows is None or self._row == len(self._rows)) and self._entries:
-            self._rows, self._row = _open_shard(self._entries.pop(), self._meta), 0
+            self._rows, self._row = open_shard(self._entries.pop(), self._meta), 0
         return 0 if self._rows is None else len(self._rows) - self._row
 
     def next_rows(self, count: int) -> TokenRows:
