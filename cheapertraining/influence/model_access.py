@@ -14,33 +14,36 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cheapertraining.errors import UserError
+from cheapertraining.influence.aggregation import By, unit_index
 from cheapertraining.influence.losses import token_losses
+from cheapertraining.influence.sharding import is_sharded
 
-__all__ = ["full_precision", "no_trace", "sample_losses", "to_device", "trainable_parameters", "unwrap"]
+__all__ = [
+    "check_vocabulary",
+    "full_precision",
+    "model_losses",
+    "no_trace",
+    "sample_losses",
+    "to_device",
+    "unit_losses",
+    "unwrap",
+]
 
 _HF_INPUTS = ("input_ids", "position_ids")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module inside a ``DistributedDataParallel`` wrapper, or the module itself.
+    """Return the module inside a ``DistributedDataParallel`` wrapper, or the module itself, FSDP's wrappers on.
+
+    A sharded model can only be called through its wrappers.
 
     Raises:
-        UserError: parameters are sharded over the ranks.
+        UserError: parameters are spread over the ranks in a way that is not known (see
+            :func:`~cheapertraining.influence.sharding.is_sharded`).
     """
     inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
-    # Told by name and by attribute, so that neither FSDP nor DTensor need be imported where nobody uses them.
-    wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in inner.modules())
-    if wrapped or any(hasattr(parameter, "device_mesh") for parameter in inner.parameters()):
-        raise UserError(
-            "influence: expected a model that is replicated on every rank, found sharded parameters. "
-            "Train without sharding, or use a mixing strategy that needs no influence."
-        )
+    is_sharded(inner)
     return inner
-
-
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that training changes; a tied parameter comes once."""
-    return [parameter for parameter in unwrap(model).parameters() if parameter.requires_grad]
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
@@ -48,8 +51,8 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, torch
     return {name: value.to(device) for name, value in batch.items() if torch.is_tensor(value)}
 
 
-def sample_losses(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run ``model`` on ``batch`` and sum the loss of each sample.
+def model_losses(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run ``model`` on ``batch`` and compute the loss of each token.
 
     A model whose ``forward`` takes ``input_ids`` (Hugging Face) is called with ``input_ids`` and
     ``position_ids`` by name; restarting positions keep packed documents apart, so no attention mask is
@@ -57,10 +60,9 @@ def sample_losses(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[
     or an attribute.
 
     Returns:
-        ``(sums, tokens)``: nats, float64 ``[B]`` (differences of sums are taken, so no digit is given away),
-        with gradient; loss-counting tokens, int64 ``[B]``.
+        As :func:`~cheapertraining.influence.losses.token_losses`.
     """
-    accepted = inspect.signature(model.forward).parameters
+    accepted = inspect.signature(_bare(model).forward).parameters
     if "input_ids" in accepted:
         inputs: dict[str, Any] = {name: batch[name] for name in _HF_INPUTS if name in accepted and name in batch}
         if "use_cache" in accepted:
@@ -69,8 +71,58 @@ def sample_losses(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[
     else:
         outputs = model(batch)
     logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
-    losses, counted = token_losses(logits, batch["labels"])
-    return losses.double().sum(dim=1), counted.sum(dim=1)
+    return token_losses(logits, batch["labels"])
+
+
+def sample_losses(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run ``model`` on ``batch`` as :func:`model_losses` does, and sum the loss of each sample.
+
+    Returns:
+        ``(sums, tokens)``: nats, float64 ``[B]`` (differences of sums are taken, so no digit is given away),
+        with gradient; loss-counting tokens, int64 ``[B]``.
+    """
+    return unit_losses(model, batch, "sample")
+
+
+def unit_losses(model: nn.Module, batch: Mapping[str, torch.Tensor], by: By) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`sample_losses` for units: samples, or the documents packed into them, ``[N]``."""
+    losses, counted = model_losses(model, batch)
+    if by == "sample":
+        return losses.double().sum(dim=1), counted.sum(dim=1)
+    index, count = unit_index(batch, by)
+    index = index.reshape(-1).to(losses.device)
+    sums = losses.new_zeros(count, dtype=torch.float64).index_add(0, index, losses.double().reshape(-1))
+    return sums, torch.zeros(count, dtype=torch.int64, device=index.device).index_add_(0, index, counted.reshape(-1).long())
+
+
+def check_vocabulary(model: nn.Module, batch: Mapping[str, torch.Tensor], what: str) -> None:
+    """Refuse token ids that the model has no embedding for: on CUDA they would end the process.
+
+    Raises:
+        UserError: naming ``what``.
+    """
+    for module in model.modules():
+        if hasattr(module, "get_input_embeddings"):
+            size = getattr(module.get_input_embeddings(), "num_embeddings", None)
+            largest = int(batch["input_ids"].max()) if batch["input_ids"].numel() else 0
+            if size is not None and largest >= size:
+                raise UserError(
+                    f"{what}: expected token ids below the model's vocabulary of {size}, found {largest}. Convert it "
+                    "with the tokenizer that the model is trained with."
+                )
+            return
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The module that wrappers at the top (FSDP1, compile) hand their inputs to."""
+    while True:
+        kinds = {kind.__name__ for kind in type(model).__mro__}
+        if "FullyShardedDataParallel" in kinds or isinstance(model, DistributedDataParallel):
+            model = model.module  # type: ignore[assignment]
+        elif "OptimizedModule" in kinds:
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
 
 
 @contextlib.contextmanager
