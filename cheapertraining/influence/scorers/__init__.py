@@ -8,15 +8,46 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-__all__ = ["COMBINED", "SourceInfluence"]
+__all__ = ["COMBINED", "SampleScores", "SourceInfluence", "SampleLosses"]
 
 Float64 = NDArray[np.float64]
 
 
 COMBINED = "combined"
 """Name of the one direction that stands for all probes together."""
+
+
+@dataclass(frozen=True)
+class SampleLosses:
+    """Losses of ``N`` units (samples or documents).
+
+    Attributes:
+        losses: float64 ``[N]``, nats summed over each unit's tokens; NaN where the scorer does not see them.
+        tokens: int64 ``[N]``, loss-counting tokens of each unit.
+    """
+
+    losses: torch.Tensor
+    tokens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SampleScores:
+    """What ``N`` units (samples or documents) do along ``K`` directions.
+
+    Attributes:
+        scores: float64 ``[N, K]``, ``<gradient of the unit's summed loss, direction>``.
+        tokens: int64 ``[N]``, loss-counting tokens of each unit.
+        losses: float64 ``[N]``, nats summed over each unit's tokens; NaN where the scorer does not see them.
+        squared_norms: float64 ``[N]``, of the gradients of the units' summed losses, where they were asked for.
+    """
+
+    scores: torch.Tensor
+    tokens: torch.Tensor
+    losses: torch.Tensor
+    squared_norms: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,151 @@
+"""Scores that fall out of the training backward itself.
+
+The gradient of a weight is the sum of the units' gradients. Forming the units' first, in blocks that stay in the
+cache, and then their sum costs little more than the sum alone, and their products with a few directions are small
+change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from cheapertraining.errors import UserError
+from cheapertraining.influence.aggregation import By
+from cheapertraining.influence.losses import IGNORED
+from cheapertraining.influence.parameters import Directions
+from cheapertraining.influence.scorers import SampleScores
+from cheapertraining.influence.scorers.backward import Watch, refuse_compiled, watched
+from cheapertraining.influence.scorers.consumers import Moment, Moments, Products
+from cheapertraining.influence.scorers.hook import named_parameters
+from cheapertraining.influence.scorers.sites import find_sites
+from cheapertraining.influence.scorers.units import Units
+
+__all__ = ["FusedScorer", "datainf_scores"]
+
+
+class FusedScorer:
+    """Scores units while a model trains on them; the training gradients are those without it.
+
+    ::
+
+        scorer = FusedScorer(model, directions)
+        for microbatch in microbatches:
+            with scorer.armed(microbatch):
+                loss = model(**microbatch).loss
+                loss.backward()
+        scores = scorer.collect(loss_scale)
+
+    Args:
+        model: wrapped or not.
+        directions: of any of its parameters; layers that none is given for are not touched.
+        by: what a unit is.
+        norms: squared norms of the units' gradients as well.
+        datainf: precondition by DataInf with each microbatch as its own Fisher set: the scale of its damping (0.1 in
+            Kwon et al., 2310.00902), or the damping of each parameter. None: no preconditioning.
+
+    Raises:
+        UserError: a compiled model, layers of an unknown kind, directions of parameters that the model does not train.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        directions: Directions,
+        *,
+        by: By = "sample",
+        norms: bool = False,
+        datainf: float | Mapping[str, float] | None = None,
+    ) -> None:
+        refuse_compiled(model)
+        self._directions = directions.tensors
+        self._parameters = named_parameters(model, directions.tensors)
+        self._sites = find_sites(model, self._parameters)
+        self._by, self._norms, self._datainf = by, norms, datainf
+        self._taken: list[tuple[Products | Moments, torch.Tensor]] = []
+
+    @contextlib.contextmanager
+    def armed(self, batch: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Forward and backward of one microbatch take place in here.
+
+        An error inside drops the microbatch's scores.
+
+        Args:
+            batch: ``labels`` int64 ``[B, S]`` as the model gets them, unshifted; ``position_ids`` for documents.
+
+        Raises:
+            UserError: no backward pass took place, or a layer saw something else than ``[B, S]`` tokens.
+        """
+        device = next(iter(self._parameters.values())).device
+        units = Units(batch, self._by, device)
+        consumer: Products | Moments
+        if self._norms or self._datainf is not None:
+            consumer = Moments(self._directions, gram=self._datainf is not None)
+        else:
+            consumer = Products(self._directions, units)
+        watch = Watch(self._sites, consumer, units)
+        with watched(watch):
+            yield
+        watch.flush()
+        counted = torch.zeros(units.shape, dtype=torch.bool, device=device)
+        counted[:, :-1] = batch["labels"].to(device)[:, 1:] != IGNORED
+        self._taken.append((consumer, units.sum_counts(counted)))
+
+    def collect(self, loss_scale: float = 1.0) -> SampleScores:
+        """Scores of all microbatches since the last call, in their order; what is not finite comes as it is.
+
+        Args:
+            loss_scale: the factor with which a unit's summed loss entered backward, such as 1 over the batch's
+                loss-counting tokens (and times a gradient scaler's scale).
+
+        Raises:
+            UserError: there was none.
+        """
+        if not self._taken:
+            raise UserError("FusedScorer.collect: expected a microbatch in `armed` before, found none.")
+        taken, self._taken = self._taken, []
+        tokens = torch.cat([counts for _, counts in taken])
+        scores = torch.cat([self._scores(consumer, loss_scale) for consumer, _ in taken])
+        losses = torch.full((len(tokens),), torch.nan, dtype=torch.float64, device=tokens.device)
+        norms = None
+        if self._norms:
+            norms = torch.cat([_squares(c) / loss_scale**2 for c, _ in taken if isinstance(c, Moments)])
+        return SampleScores(scores, tokens, losses, norms)
+
+    def _scores(self, consumer: Products | Moments, loss_scale: float) -> torch.Tensor:
+        if isinstance(consumer, Products):
+            return consumer.scores / loss_scale
+        total = torch.zeros((), dtype=torch.float64)
+        for name, moment in consumer.found.items():
+            unscaled = Moment(
+                moment.products.double() / loss_scale, moment.gram.double() / loss_scale**2, moment.elements
+            )
+            if self._datainf is None:
+                total = total + unscaled.products
+            else:
+                given = self._datainf[name] if isinstance(self._datainf, Mapping) else None
+                scale = self._datainf if isinstance(self._datainf, float) else 0.0
+                total = total + datainf_scores(unscaled, scale, given)
+        return total
+
+
+def datainf_scores(moment: Moment, scale: float, damping: float | None = None) -> torch.Tensor:
+    """``<H^-1 v_k, g_i>`` of one parameter ``[N, K]``, with the units themselves as the Fisher set.
+
+    DataInf (Kwon et al., 2310.00902, equation 5) as matrix products: with ``W = <g_i, v_k>``, ``K`` the Gram matrix,
+    ``s`` its diagonal and damping ``l``, it is ``(W - K (W / (l + s)) / N) / l``. The damping is ``scale`` times the
+    mean square of the gradients' elements (the official code's rule), unless given. Zero gradients score zero.
+    """
+    squares = moment.gram.diagonal()
+    level = squares.mean() * scale / moment.elements if damping is None else squares.new_tensor(damping)
+    weighted = moment.products / (level + squares)[:, None]
+    scores = (moment.products - moment.gram @ weighted / len(squares)) / level
+    return torch.where(level > 0, scores, torch.zeros_like(scores))
+
+
+def _squares(consumer: Moments) -> torch.Tensor:
+    grams = [moment.gram.double() for moment in consumer.found.values()]
+    return torch.stack([gram.diagonal() if gram.dim() == 2 else gram for gram in grams]).sum(0)
