@@ -27,6 +27,7 @@ __all__ = [
     "RunConfig",
     "check_batch_size",
     "check_prepared",
+    "data_config_names",
     "load_data_config",
     "load_run_config",
     "planned_tokens",
@@ -427,6 +428,11 @@ def load_data_config(config: str | Path | Mapping[str, Any] | DataConfig, overri
     else:
         base = _find_yaml(str(config), group="data", beside=None)
     return _load(_DataFile, base, overrides, lambda loaded: _data_problems(loaded.data)).data
+
+
+def data_config_names() -> list[str]:
+    """Names of the data configs that come with the package, sorted."""
+    return sorted({file.stem for folder in _yaml_folders() for file in (folder / "data").glob("*.yaml")})
 
 
 def resolved_yaml(config: RunConfig | DataConfig) -> str:

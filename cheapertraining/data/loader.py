@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from cheapertraining.config import DataConfig
 
-__all__ = ["SplitDataset", "get_loader", "shard_folders"]
+__all__ = ["SplitDataset", "get_loader", "rank_and_world", "shard_folders"]
 
 
 class SplitDataset(Dataset[SampledRows]):
@@ -110,7 +110,7 @@ def get_loader(
         download_retry=data.download_retry,
         hint=data.prepare_hint,
     )
-    rank, world_size = _rank_and_world(rank, world_size)
+    rank, world_size = rank_and_world(rank, world_size)
     if rank == 0:
         _check_overlap_by_document(store, probes, heldout)
     max_epochs = {name: source.max_epochs for name, source in data.sources.items()}
@@ -218,7 +218,8 @@ def _check_overlap_by_document(
                 )
 
 
-def _rank_and_world(rank: int | None, world_size: int | None) -> tuple[int, int]:
+def rank_and_world(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Rank and world size as given, else of ``torch.distributed``, else of the launcher's environment."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():

@@ -7,7 +7,7 @@ planned.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -262,10 +262,10 @@ class MixtureLoader(DataLoader[SampledRows]):
             yield batch
 
     def _read_here(self) -> Iterator[Batch]:
-        store = self.mixture.store
+        store, collate_rows = self.mixture.store, cast(Callable[[SampledRows], Batch], self.collate_fn)
         for planned in cast(MixtureSampler, self.sampler).batches():
             rows = store.read(store.ids(planned.source, planned.sample))
-            yield collate(SampledRows(rows, planned.source, planned.sample))
+            yield collate_rows(SampledRows(rows, planned.source, planned.sample))
 
     def __len__(self) -> int:
         raise TypeError("a mixture has no length: it ends by max_duration or by its exhaustion policy")

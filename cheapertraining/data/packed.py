@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,17 @@ class PackedDataset:
         packing: ``best_fit``, ``concat`` or ``pad``; see :func:`~cheapertraining.data.packing.pack`.
         window_tokens: documents are packed together until they have so many tokens.
         seed: decides the order of rows within a window.
+
+    Called with ``dataset=``, it is a :class:`~cheapertraining.data.packed_texts.PackedTexts`, which takes what other
+    packages give it: ``PackedDataset(dataset=texts, tokenizer=tokenizer, max_length=2048)``.
     """
+
+    def __new__(cls, *values: Any, **named: Any) -> PackedDataset:
+        if cls is PackedDataset and "dataset" in named:
+            from cheapertraining.data.packed_texts import PackedTexts
+
+            return object.__new__(PackedTexts)
+        return object.__new__(cls)
 
     def __init__(
         self,
