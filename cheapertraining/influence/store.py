@@ -54,8 +54,8 @@ def model_fingerprint(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         digest.update(f"{canonical_name(name)} {list(parameter.shape)} {parameter.dtype}\n".encode())
         raw = parameter.detach().reshape(-1).view(torch.uint8)
-        for piece in raw.split(_HASH_BYTES):
-            digest.update(memoryview(piece.cpu().numpy()))
+        for piece in torch.split(raw, _HASH_BYTES):
+            digest.update(piece.cpu().numpy().data)
     return digest.hexdigest()
 
 
@@ -125,7 +125,7 @@ class Parts:
             )
         unfinished = self._unfinished(number)
         with unfinished.open("wb") as handle:
-            np.lib.format.write_array(handle, np.ascontiguousarray(records), allow_pickle=False)
+            np.save(handle, np.ascontiguousarray(records), allow_pickle=False)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(unfinished, self.path(number))
@@ -288,7 +288,7 @@ class GradientStore:
             yield chunk, torch.from_numpy(chunk["values"].astype(np.float64))
 
     def _split(self, gradients: torch.Tensor) -> dict[str, torch.Tensor]:
-        return dict(zip(self.widths, gradients.split(list(self.widths.values()), dim=1), strict=True))
+        return dict(zip(self.widths, torch.split(gradients, list(self.widths.values()), dim=1), strict=True))
 
 
 def _read_json(file: Path) -> dict[str, Any]:
