@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["COMBINED", "SampleScores", "SourceInfluence", "SampleLosses"]
+__all__ = ["COMBINED", "SampleLosses", "SampleScores", "SourceInfluence"]
 
 Float64 = NDArray[np.float64]
 

@@ -23,7 +23,8 @@ from cheapertraining.influence.scorers.units import Factors, Units, wide
 __all__ = ["Consumer", "Watch", "refuse_compiled", "watched"]
 
 Forward = Callable[..., torch.Tensor]
-Visit = Callable[..., torch.Tensor | None]
+Visit = Callable[..., None]
+_WIDE = (torch.float32, torch.float64)
 
 
 class Consumer(Protocol):
@@ -69,9 +70,10 @@ class Watch:
         self._vectors: dict[str, list[torch.Tensor]] = {}
         self._done: set[str] = set()
 
-    def waits(self, name: str) -> bool:
-        """Whether the sites of ``name`` must come together."""
-        return self._uses[name] > 1 and not self.consumer.additive
+    def merges(self, name: str) -> bool:
+        """Whether the gradient of ``name`` for the optimizer is to be made from those of the units."""
+        waits = self._uses[name] > 1 and not self.consumer.additive
+        return self.anchor is None and not waits and self.consumer.merges(name, self.units)
 
     def matrix(self, name: str, factors: Factors, gradient: torch.Tensor | None = None) -> None:
         """A site has the gradient of ``name``."""
@@ -187,6 +189,10 @@ class _Spread(torch.autograd.Function):
         return own, None, None, None
 
 
+def _apply(function: type[torch.autograd.Function], *inputs: Any) -> torch.Tensor:
+    return function.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
+
+
 @contextlib.contextmanager
 def _plain(like: torch.Tensor) -> Iterator[None]:
     """Autocast off, for loops that call ``backward`` under it."""
@@ -249,8 +255,8 @@ def _linear(watch: Watch, site: Site, original: Forward) -> Forward:
             and _cast(held).dtype in (torch.float32, torch.float64)
             and watch.consumer.merges(weight, watch.units)
         ):
-            return _MergedLinear.apply(input, held, module.bias, turned, visit)  # type: ignore[no-any-return]
-        return _Tap.apply(original(input), input.detach(), watch.anchor, visit)  # type: ignore[no-any-return]
+            return _apply(_MergedLinear, input, held, module.bias, turned, visit)
+        return _apply(_Tap, original(input), input.detach(), watch.anchor, visit)
 
     return forward
 
@@ -276,7 +282,7 @@ def _embedding(watch: Watch, site: Site, original: Forward) -> Forward:
         # Positions that all rows share come as one row; their gradient would come as a sum over the rows.
         if input.dim() == 2 and input.shape[0] == 1 and input.shape[1] == watch.units.shape[1]:
             input = input.expand(watch.units.shape)
-        return _Tap.apply(original(input), input, watch.anchor, visit)  # type: ignore[no-any-return]
+        return _apply(_Tap, original(input), input, watch.anchor, visit)
 
     return forward
 
@@ -300,7 +306,7 @@ def _norm(watch: Watch, site: Site, original: Forward) -> Forward:
         try:
             for key, name in site.parameters.items():
                 shape = lead[: len(lead) - own[key].dim()] + own[key].shape
-                module._parameters[key] = _Spread.apply(own[key], shape, watch.anchor, visitor(name, own[key].dim()))
+                module._parameters[key] = _apply(_Spread, own[key], shape, watch.anchor, visitor(name, own[key].dim()))
             return original(*inputs, **named)
         finally:
             module._parameters.update(own)
@@ -328,7 +334,7 @@ def _known_norm(watch: Watch, site: Site, original: Forward) -> Forward:
     def forward(input: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
             return original(input)
-        return _Tap.apply(original(input), input.detach(), watch.anchor, visit)  # type: ignore[no-any-return]
+        return _apply(_Tap, original(input), input.detach(), watch.anchor, visit)
 
     return forward
 

@@ -23,7 +23,6 @@ class Products:
     Args:
         directions: ``[K, *shape]`` by parameter.
         units: of the batch.
-        merging: a training step: the sum over the units is wanted, too.
     """
 
     additive = True
@@ -194,7 +193,8 @@ class Projection:
     def random(cls, parameters: Mapping[str, torch.Tensor], rank: int, seed: int) -> Projection:
         """Draw one for the matrices among ``parameters``; the same on every machine for the same seed."""
         generator = torch.Generator().manual_seed(seed)
-        left, right = {}, {}
+        left: dict[str, torch.Tensor] = {}
+        right: dict[str, torch.Tensor] = {}
         for name, parameter in parameters.items():
             if parameter.dim() == 2:
                 for side, width in ((left, parameter.shape[0]), (right, parameter.shape[1])):

@@ -17,7 +17,7 @@ from cheapertraining.errors import UserError
 from cheapertraining.influence.aggregation import By
 from cheapertraining.influence.model_access import check_vocabulary, model_losses, no_trace
 from cheapertraining.influence.parameters import Directions, select_parameters
-from cheapertraining.influence.scorers import SampleScores, SampleLosses
+from cheapertraining.influence.scorers import SampleLosses, SampleScores
 from cheapertraining.influence.scorers.backward import Consumer, Watch, refuse_compiled, watched
 from cheapertraining.influence.scorers.consumers import Dense, Moments, Products, Projected, Projection
 from cheapertraining.influence.scorers.sites import find_sites
