@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from cheapertraining.errors import UserError
@@ -21,6 +22,7 @@ from cheapertraining.influence.sharding import is_sharded
 __all__ = [
     "check_vocabulary",
     "full_precision",
+    "model_logits",
     "model_losses",
     "no_trace",
     "sample_losses",
@@ -51,27 +53,46 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, torch
     return {name: value.to(device) for name, value in batch.items() if torch.is_tensor(value)}
 
 
-def model_losses(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run ``model`` on ``batch`` and compute the loss of each token.
+def model_logits(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], replaced: Mapping[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Run ``model`` on ``batch``: ``[B, S, V]``.
 
     A model whose ``forward`` takes ``input_ids`` (Hugging Face) is called with ``input_ids`` and
     ``position_ids`` by name; restarting positions keep packed documents apart, so no attention mask is
     passed. Any other model is called with the batch itself (Composer). Both must return ``logits``, as a key
     or an attribute.
 
+    Args:
+        model: wrapped or not.
+        batch: on the model's device.
+        replaced: tensors that stand for the parameters of these names, as ``model.named_parameters()`` gives them.
+    """
+    args: tuple[Any, ...]
+    accepted = inspect.signature(_bare(model).forward).parameters
+    if "input_ids" in accepted:
+        # PEFT's wrappers name some inputs and hand on the rest.
+        hands_on = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in accepted.values())
+        inputs: dict[str, Any] = {name: batch[name] for name in _HF_INPUTS if name in batch}
+        inputs["use_cache"] = False
+        inputs = {name: value for name, value in inputs.items() if hands_on or name in accepted}
+        args, kwargs = (), inputs
+    else:
+        args, kwargs = (batch,), {}
+    outputs = functional_call(model, dict(replaced), args, kwargs) if replaced else model(*args, **kwargs)
+    logits: torch.Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
+    return logits
+
+
+def model_losses(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], replaced: Mapping[str, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run ``model`` on ``batch`` as :func:`model_logits` does, and compute the loss of each token.
+
     Returns:
         As :func:`~cheapertraining.influence.losses.token_losses`.
     """
-    accepted = inspect.signature(_bare(model).forward).parameters
-    if "input_ids" in accepted:
-        inputs: dict[str, Any] = {name: batch[name] for name in _HF_INPUTS if name in accepted and name in batch}
-        if "use_cache" in accepted:
-            inputs["use_cache"] = False
-        outputs = model(**inputs)
-    else:
-        outputs = model(batch)
-    logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
-    return token_losses(logits, batch["labels"])
+    return token_losses(model_logits(model, batch, replaced), batch["labels"])
 
 
 def sample_losses(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,15 +105,18 @@ def sample_losses(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[
     return unit_losses(model, batch, "sample")
 
 
-def unit_losses(model: nn.Module, batch: Mapping[str, torch.Tensor], by: By) -> tuple[torch.Tensor, torch.Tensor]:
+def unit_losses(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], by: By, replaced: Mapping[str, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`sample_losses` for units: samples, or the documents packed into them, ``[N]``."""
-    losses, counted = model_losses(model, batch)
+    losses, counted = model_losses(model, batch, replaced)
     if by == "sample":
         return losses.double().sum(dim=1), counted.sum(dim=1)
     index, count = unit_index(batch, by)
     index = index.reshape(-1).to(losses.device)
     sums = losses.new_zeros(count, dtype=torch.float64).index_add(0, index, losses.double().reshape(-1))
-    return sums, torch.zeros(count, dtype=torch.int64, device=index.device).index_add_(0, index, counted.reshape(-1).long())
+    tokens = torch.zeros(count, dtype=torch.int64, device=index.device)
+    return sums, tokens.index_add_(0, index, counted.reshape(-1).long())
 
 
 def check_vocabulary(model: nn.Module, batch: Mapping[str, torch.Tensor], what: str) -> None:
@@ -103,7 +127,8 @@ def check_vocabulary(model: nn.Module, batch: Mapping[str, torch.Tensor], what: 
     """
     for module in model.modules():
         if hasattr(module, "get_input_embeddings"):
-            size = getattr(module.get_input_embeddings(), "num_embeddings", None)
+            embedding: Any = module.get_input_embeddings()  # type: ignore[operator]  # Hugging Face's
+            size = getattr(embedding, "num_embeddings", None)
             largest = int(batch["input_ids"].max()) if batch["input_ids"].numel() else 0
             if size is not None and largest >= size:
                 raise UserError(
@@ -115,7 +140,7 @@ def check_vocabulary(model: nn.Module, batch: Mapping[str, torch.Tensor], what: 
 
 def _bare(model: nn.Module) -> nn.Module:
     """The module that wrappers at the top (FSDP1, compile) hand their inputs to."""
-    while True:
+    while True:  # One wrapper off at each turn.
         kinds = {kind.__name__ for kind in type(model).__mro__}
         if "FullyShardedDataParallel" in kinds or isinstance(model, DistributedDataParallel):
             model = model.module  # type: ignore[assignment]

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from cheapertraining.errors import UserError
 
-__all__ = ["check_equal_passes", "rank_and_world", "rank_rows", "sum_over_ranks"]
+__all__ = ["check_equal_counts", "rank_and_world", "rank_rows", "sum_over_ranks"]
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -36,12 +36,12 @@ def sum_over_ranks(values: torch.Tensor) -> None:
         dist.all_reduce(values)
 
 
-def check_equal_passes(count: int, what: str, device: torch.device) -> None:
+def check_equal_counts(count: int, what: str, device: torch.device) -> None:
     """Refuse, on every rank alike, work that would leave ranks waiting for each other for ever.
 
     Args:
-        count: passes that this rank is about to make.
-        what: is about to be passed over, for the message.
+        count: what this rank has.
+        what: is counted, for the message: "passes over ...".
         device: that the process group's backend works on.
 
     Raises:
@@ -55,6 +55,6 @@ def check_equal_passes(count: int, what: str, device: torch.device) -> None:
     counts = [int(each) for each in gathered]
     if len(set(counts)) > 1:
         raise UserError(
-            f"influence: expected {what} in equally many passes on each rank, found {counts}, by rank. Give every rank "
-            "the same number of batches."
+            f"influence: expected equally many {what} on each rank, found {counts}, by rank. Give every rank batches "
+            "alike in number and kind."
         )

@@ -202,7 +202,7 @@ def gradient_scale(model: nn.Module) -> float:
     for setting in _REDUCTION:
         if hasattr(group, setting):
             setattr(state._fsdp_param_group, setting, getattr(group, setting))
-    with torch.enable_grad():
+    with torch.set_grad_enabled(True):
         known().backward()  # On each rank a gradient of ones: their sum is the number of ranks.
     assert known.weight.grad is not None
     return float(local(known.weight.grad).mean()) / world
@@ -232,7 +232,7 @@ def gradients_set_aside(model: nn.Module) -> Iterator[None]:
     reshard(model)
     tensors = [*model.parameters(), *(handle.flat_param for handle in _handles(model))]
     saved = [(tensor, tensor.grad) for tensor in tensors]
-    hooks = [(t._post_accumulate_grad_hooks, dict(t._post_accumulate_grad_hooks or {})) for t in tensors]  # type: ignore[attr-defined]
+    hooks = [(t._post_accumulate_grad_hooks, dict(t._post_accumulate_grad_hooks or {})) for t in tensors]
     for tensor, (live, _) in zip(tensors, hooks, strict=True):
         tensor.grad = None
         if live:

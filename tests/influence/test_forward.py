@@ -1,324 +1,183 @@
-"""The look-ahead estimator: against autograd, without a trace, and through every kind of model."""
+"""Scores from forward passes: against autograd, as the step shrinks, in half precision, by document."""
 
 from __future__ import annotations
 
-import json
 import math
-import random
 from collections.abc import Mapping
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from cheapertraining.errors import UserError
-from cheapertraining.influence import LookAheadEstimator, ProbeBank, directional_derivatives
-from cheapertraining.influence.model_access import sample_losses, unwrap
-from tests.influence.tiny_llama import VOCABULARY, Batch, Sources, probe_loader, random_batch, tiny_llama
+from cheapertraining.influence import ProbeBank, forward_scores
+from cheapertraining.influence.aggregation import unit_index
+from cheapertraining.influence.model_access import model_losses, sample_losses
+from cheapertraining.influence.parameters import Directions, select_parameters
+from cheapertraining.influence.scorers.forward import Method
+from tests.influence.tiny_llama import VOCABULARY, Batch, probe_loader, random_batch, tiny_llama
 
 
-def autograd_products(model: nn.Module, batch: Batch, direction: list[torch.Tensor]) -> torch.Tensor:
+def autograd_products(model: nn.Module, batch: Batch, direction: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Reference: ``<g_i, u>`` by one backward pass for each sample."""
     products = []
     for row in range(len(batch["input_ids"])):
         one = {name: rows[row : row + 1] for name, rows in batch.items()}
         sums, _ = sample_losses(model, one)
-        grads = torch.autograd.grad(sums.sum(), list(model.parameters()))
-        products.append(sum((g * u).sum() for g, u in zip(grads, direction, strict=True)))
+        grads = torch.autograd.grad(sums.sum(), list(select_parameters(model).values()))
+        products.append(sum((g * u).sum() for g, u in zip(grads, direction.values(), strict=True)))
     return torch.stack(products)
 
 
-def spearman(first: torch.Tensor, second: torch.Tensor) -> float:
-    ranks = torch.stack([values.argsort().argsort().double() for values in (first, second)])
-    return float(torch.corrcoef(ranks)[0, 1])
+def probe_directions(model: nn.Module, layers: str = "all") -> Directions:
+    loaders = {"p": probe_loader(), "q": probe_loader(low=0, high=20)}
+    return ProbeBank(loaders).directions(model, 0, select_parameters(model, layers))[0]
 
 
-def probe_direction(model: nn.Module) -> list[torch.Tensor]:
-    return ProbeBank({"p": probe_loader()}).gradient(model, "p", 0)[0]
+def one(directions: Directions, row: int) -> dict[str, torch.Tensor]:
+    return {name: part[row] for name, part in directions.tensors.items()}
 
 
+def reference(model: nn.Module, batch: Batch, directions: Directions) -> torch.Tensor:
+    return torch.stack([autograd_products(model, batch, one(directions, k)) for k in range(2)], dim=1)
+
+
+def correlation(first: torch.Tensor, second: torch.Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([first.flatten().double(), second.flatten().double()]))[0, 1])
+
+
+@pytest.mark.parametrize(
+    ("method", "step_size", "error"), [("central", 1e-6, 1e-6), ("difference", 1e-8, 1e-5), ("jvp", 1.0, 1e-10)]
+)
 @pytest.mark.parametrize("tied", [True, False])
-def test_float64_derivatives_equal_autograd(tied: bool) -> None:
-    model, batch = tiny_llama(tied=tied).eval(), random_batch(16, 7)
-    direction = probe_direction(model)
-    expected = autograd_products(model, batch, direction)
-    found = directional_derivatives(model, direction, [batch], step_size=1e-6)
-    assert ((found - expected).abs() / expected.abs().mean()).max() < 1e-6
+def test_float64_scores_equal_autograd(method: Method, step_size: float, error: float, tied: bool) -> None:
+    model, batch = tiny_llama(tied=tied).eval(), random_batch(8, 7)
+    directions = probe_directions(model)
+    expected = reference(model, batch, directions)
+    found = forward_scores(model.train(), directions, batch, method=method, step_size=step_size)
+    assert ((found.scores - expected).abs() / expected.abs().mean()).max() < error
+    assert found.tokens.tolist() == (batch["labels"] != -100).sum(dim=1).tolist()
 
 
-def test_float32_derivatives_rank_like_autograd() -> None:
-    model, batch = tiny_llama(dtype=torch.float32).eval(), random_batch(64, 7)
-    direction = probe_direction(model)
-    found = directional_derivatives(model, direction, [batch]).double()
+@pytest.mark.parametrize(("method", "order"), [("difference", 1), ("central", 2)])
+def test_the_error_falls_with_the_step(method: Method, order: int) -> None:
+    """One-sided: with the step itself; central: with its square; until rounding takes over."""
+    model, batch = tiny_llama().eval(), random_batch(8, 7)
+    directions = probe_directions(model)
+    exact = forward_scores(model, directions, batch, method="jvp").scores
+    errors = [
+        float((forward_scores(model, directions, batch, method=method, step_size=step).scores - exact).norm())
+        for step in (4e-4, 2e-4, 1e-4, 1e-14)
+    ]
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.05)
+    assert errors[1] / errors[2] == pytest.approx(2**order, rel=0.05)
+    assert errors[3] > errors[2]
+
+
+@pytest.mark.parametrize("method", ["difference", "central"])
+def test_float32_differences_rank_like_autograd(method: Method) -> None:
+    model, batch = tiny_llama(dtype=torch.float32).eval(), random_batch(32, 7)
+    directions = probe_directions(model)
+    found = forward_scores(model, directions, batch, method=method).scores
     exact = tiny_llama().eval()
     exact.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
-    expected = autograd_products(exact, batch, [part.double() for part in direction])
-    assert spearman(found, expected) > 0.999
-    assert float(torch.corrcoef(torch.stack([found, expected]))[0, 1]) > 0.9999
+    wide = Directions(directions.names, {name: part.double() for name, part in directions.tensors.items()})
+    expected = forward_scores(exact, wide, batch, method="jvp").scores
+    assert correlation(found[:, 0], expected[:, 0]) > 0.9999
+    assert correlation(found[:, 1], expected[:, 1]) > 0.9999
 
 
-def test_the_error_falls_with_the_square_of_the_step() -> None:
-    model, batch = tiny_llama().eval(), random_batch(8, 7)
-    direction = probe_direction(model)
-    expected = autograd_products(model, batch, direction)
-    errors = []
-    for step_size in (4e-4, 2e-4, 1e-4):
-        found = directional_derivatives(model, direction, [batch], step_size)
-        errors.append(float((found - expected).norm()))
-    assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)
-    assert errors[1] / errors[2] == pytest.approx(4, rel=0.05)
+def test_forward_mode_in_bfloat16_is_that_in_float32() -> None:
+    model, batch = tiny_llama(dtype=torch.bfloat16).eval(), random_batch(32, 7)
+    exact = tiny_llama(dtype=torch.float32).eval()
+    exact.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+    directions = probe_directions(exact)
+    found = forward_scores(model, directions, batch, method="jvp").scores
+    expected = forward_scores(exact, directions, batch, method="jvp").scores
+    assert correlation(found[:, 0], expected[:, 0]) > 0.9999
+    with pytest.raises(UserError, match=r"in float32, found model\.embed_tokens\.weight in torch\.bf.* method 'jvp'"):
+        forward_scores(model, directions, batch)
+
+
+@pytest.mark.parametrize(("method", "error"), [("central", 1e-6), ("jvp", 1e-10)])
+def test_documents_of_a_row_are_scored_apart(method: Method, error: float) -> None:
+    model, batch = tiny_llama().eval(), random_batch(3, 7)
+    directions, (units, count) = probe_directions(model), unit_index(batch, "document")
+    found = forward_scores(model, directions, batch, method=method, step_size=1e-6, by="document")
+    losses, counted = model_losses(model, batch)
+    for unit in range(count):
+        mine = units == unit
+        assert found.tokens[unit] == (counted & mine).sum()
+        if not found.tokens[unit]:
+            assert found.scores[unit].tolist() == [0, 0]
+            continue
+        grads = torch.autograd.grad(losses[mine].sum(), list(model.parameters()), retain_graph=True)
+        for k in range(2):
+            expected = sum((g * u).sum() for g, u in zip(grads, one(directions, k).values(), strict=True))
+            assert float(found.scores[unit, k]) == pytest.approx(float(expected), rel=error, abs=error)
+
+
+@pytest.mark.parametrize("method", ["difference", "central", "jvp"])
+def test_directions_over_some_layers(method: Method) -> None:
+    model, batch = tiny_llama().eval(), random_batch(4, 7)
+    directions = probe_directions(model, "last_1")
+    found = forward_scores(model, directions, batch, method=method, step_size=1e-7).scores[:, 0]
+    whole = {name: torch.zeros_like(parameter) for name, parameter in select_parameters(model).items()}
+    expected = autograd_products(model, batch, whole | one(directions, 0))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_known_losses_save_a_pass() -> None:
+    model, batch = tiny_llama(dtype=torch.float32).eval(), random_batch(4, 7)
+    directions, calls = probe_directions(model), []
+    first = forward_scores(model, directions, batch)
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    again = forward_scores(model, directions, batch, base_losses=first.losses)
+    assert len(calls) == len(directions.names)
+    assert torch.equal(first.scores, again.scores)
+    assert torch.equal(first.losses, again.losses)
 
 
 def test_parameters_come_back_bit_for_bit_even_after_an_error() -> None:
-    model = tiny_llama(dtype=torch.float32).eval()
+    model = tiny_llama(dtype=torch.float32).train()
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    direction = probe_direction(model)
-    directional_derivatives(model, direction, [random_batch(3, 0)], 1e-2)
+    directions = probe_directions(model)
+    forward_scores(model, directions, random_batch(3, 0), step_size=1e-2)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     broken = {**random_batch(3, 0), "input_ids": torch.full((3, 24), VOCABULARY + 1)}
+    base = torch.zeros(3, dtype=torch.float64)
     with pytest.raises(IndexError):
-        directional_derivatives(model, direction, [broken], 1e-2)
+        forward_scores(model, directions, broken, step_size=1e-2, base_losses=base)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert model.training
 
 
-def test_directions_of_no_length_or_without_end() -> None:
+@pytest.mark.parametrize("method", ["difference", "central", "jvp"])
+def test_directions_of_no_length_or_without_end(method: Method) -> None:
     model, batch = tiny_llama().eval(), random_batch(3, 0)
-    zero = [torch.zeros_like(parameter) for parameter in model.parameters()]
-    assert directional_derivatives(model, zero, [batch]).tolist() == [0, 0, 0]
-    bad = [torch.full_like(parameter, math.nan) for parameter in model.parameters()]
-    assert directional_derivatives(model, bad, [batch]).isnan().all()
-
-
-# ---- the estimator -----------------------------------------------------------------------------------------
-def estimator(probes: Mapping[str, DataLoader[Batch]] | None = None, **options: Any) -> LookAheadEstimator:
-    return LookAheadEstimator(Sources(), probes or {"p": probe_loader(low=0, high=20)}, **options)
-
-
-def test_scores_are_token_weighted_means_of_autograd_products() -> None:
-    model = tiny_llama().eval()
-    probes = {"p": probe_loader(low=0, high=20), "q": probe_loader(low=30, high=50)}
-    measured = estimator(probes, source_samples=4, step_size=1e-6).measure(model, update_index=2)
-    assert measured.scores.shape == measured.errors.shape == (2, 3)
-    assert measured.directions == measured.probes == ("p", "q")
-    bank = ProbeBank(probes)
-    for row, probe in enumerate(("p", "q")):
-        direction, losses = bank.gradient(model, probe, 2)
-        assert measured.probe_losses[row] == pytest.approx(losses.mean)
-        for column, source in enumerate(("a", "b", "c")):
-            batch = Sources().draw(source, 4, 2)
-            products = autograd_products(model, batch, direction)
-            tokens = (batch["labels"] != -100).sum(dim=1)
-            score = float(products.sum() / tokens.sum())
-            assert measured.scores[row, column] == pytest.approx(score, rel=1e-5)
-            residuals = (products - score * tokens).numpy()
-            error = np.sqrt(4 / 3 * (residuals**2).sum()) / float(tokens.sum())
-            assert measured.errors[row, column] == pytest.approx(error, rel=1e-4)
-
-
-def test_positive_helps_and_the_source_of_the_probe_s_kind_scores_best() -> None:
-    """Sign and meaning, end to end: a small step on the best source lowers the probe's loss by score times step."""
-    model = tiny_llama().eval()
-    loader = probe_loader(count=12, low=0, high=20)
-    measured = estimator({"p": loader}, source_samples=16, probe_samples=12).measure(model, update_index=0)
-    assert measured.scores[0].argmax() == 0
-    assert measured.scores[0, 0] > 0
-
-    batch = Sources().draw("a", 16, 0)
-    sums, tokens = sample_losses(model, batch)
-    grads = torch.autograd.grad(sums.sum() / tokens.sum(), list(model.parameters()))
-    step = 1e-5
-    with torch.no_grad():
-        for parameter, grad in zip(model.parameters(), grads, strict=True):
-            parameter -= step * grad
-    after = ProbeBank({"p": loader}, samples=12).gradient(model, "p", 0)[1].mean
-    assert measured.probe_losses[0] - after == pytest.approx(step * measured.scores[0, 0], rel=1e-2)
-
-
-def test_combined_is_the_weighted_sum_of_the_probes() -> None:
-    model = tiny_llama().eval()
-    probes = {"p": probe_loader(low=0, high=20), "q": probe_loader(low=30, high=50)}
-    weights = {"p": 3.0, "q": 1.0}
-    apart = estimator(probes, probe_weights=weights).measure(model, update_index=0)
-    together = estimator(probes, probe_weights=weights, combine=True).measure(model, update_index=0)
-    assert together.directions == ("combined",)
-    assert together.direction_weights.tolist() == [1.0]
-    assert apart.direction_weights.tolist() == [0.75, 0.25]
-    np.testing.assert_allclose(together.scores[0], apart.direction_weights @ apart.scores, rtol=1e-5)
-    np.testing.assert_allclose(together.probe_losses, apart.probe_losses)
-
-
-def test_the_change_of_the_probe_s_loss_is_that_on_the_common_samples() -> None:
-    model = tiny_llama().eval()
-    loader = probe_loader(count=9)
-    measure = estimator({"p": loader}, probe_samples=6)
-    assert np.isnan(measure.measure(model, update_index=0).probe_changes[0])
-    saved = json.loads(json.dumps(measure.state_dict()))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter *= 0.9
-    found = measure.measure(model, update_index=1).probe_changes[0]
-    common = [loader.dataset[index] for index in (2, 3, 4, 5)]
-    batch = {name: torch.stack([row[name] for row in common]) for name in common[0]}
-    before, tokens = sample_losses(tiny_llama().eval(), batch)
-    after, _ = sample_losses(model, batch)
-    assert found == pytest.approx(float((after - before).sum() / tokens.sum()), rel=1e-9)
-
-    resumed = estimator({"p": loader}, probe_samples=6)
-    resumed.load_state_dict(saved)
-    assert resumed.measure(model, update_index=1).probe_changes[0] == found
-
-
-def test_samples_follow_the_update_index_alone() -> None:
-    model = tiny_llama().eval()
-    first = estimator().measure(model, update_index=4)
-    again = estimator().measure(model, update_index=4, microbatch_size=2)
-    np.testing.assert_allclose(first.scores, again.scores, rtol=1e-7)
-    assert not np.allclose(first.scores, estimator().measure(model, update_index=5).scores)
-    assert not np.allclose(first.scores, estimator(seed=1).measure(model, update_index=4).scores)
-
-
-def test_adam_metric_scales_each_parameter() -> None:
-    model = tiny_llama()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    sample_losses(model, random_batch(4, 0))[0].sum().backward()
-    optimizer.step()
-    measured = estimator(metric="adam").measure(model, optimizer, update_index=0)
-    raw = estimator().measure(model, optimizer, update_index=0)
-    assert np.isfinite(measured.scores).all()
-    assert not np.allclose(measured.scores / raw.scores, (measured.scores / raw.scores)[0, 0])
-    with pytest.raises(UserError, match="expected the optimizer, found none"):
-        estimator(metric="adam").measure(model, update_index=0)
-
-
-# ---- no trace ----------------------------------------------------------------------------------------------
-def test_measuring_leaves_no_trace() -> None:
-    """Parameters, gradients, flags, modes, generators and optimizer are afterwards as before, bit for bit."""
-    model = tiny_llama(dtype=torch.float32).train()
-    model.model.layers[1].eval()
-    model.model.norm.weight.requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    sample_losses(model, random_batch(4, 0))[0].sum().backward()
-    optimizer.step()
-
-    def trace() -> list[Any]:
-        # Cloned: `state_dict` hands out the tensors themselves.
-        moments = [
-            value.clone() if torch.is_tensor(value) else value
-            for state in optimizer.state.values()
-            for value in state.values()
-        ]
-        return [
-            *(value.clone() for value in model.state_dict().values()),
-            *(None if p.grad is None else p.grad.clone() for p in model.parameters()),
-            *moments,
-            [p.requires_grad for p in model.parameters()],
-            [module.training for module in model.modules()],
-            torch.get_rng_state().clone(),
-            random.getstate(),
-            [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],  # noqa: NPY002
-            torch.backends.cuda.matmul.allow_tf32,
-            torch.is_grad_enabled(),
-        ]
-
-    before = trace()
-    for metric in ("raw", "adam"):
-        estimator(metric=metric).measure(model, optimizer, update_index=0)
-    for old, new in zip(before, trace(), strict=True):
-        assert torch.equal(old, new) if torch.is_tensor(old) else old == new
-
-
-def test_a_run_with_measurements_is_the_run_without() -> None:
-    """Three training steps with dropout on, with and without a measurement after each: the same weights to the bit."""
-
-    def run(measure: bool) -> list[torch.Tensor]:
-        model = tiny_llama(dtype=torch.float32).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        torch.manual_seed(5)
-        look = estimator()
-        for step in range(3):
-            optimizer.zero_grad()
-            sample_losses(model, random_batch(4, step))[0].sum().backward()
-            optimizer.step()
-            if measure:
-                look.measure(model, optimizer, update_index=step)
-        return [parameter.detach() for parameter in model.parameters()]
-
-    assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
+    parts = {
+        name: torch.stack([torch.zeros_like(parameter), torch.full_like(parameter, math.nan)])
+        for name, parameter in select_parameters(model).items()
+    }
+    scores = forward_scores(model, Directions(("zero", "bad"), parts), batch, method=method).scores
+    assert scores[:, 0].tolist() == [0, 0, 0]
+    assert scores[:, 1].isnan().all()
 
 
 def test_autocast_around_it_does_not_reach_the_perturbed_passes() -> None:
     model = tiny_llama(dtype=torch.float32).eval()
-    direction = probe_direction(model)
-    batch = random_batch(6, 1)
-    plain = directional_derivatives(model, direction, [batch])
+    directions, batch = probe_directions(model), random_batch(6, 1)
+    plain = forward_scores(model, directions, batch).scores
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = directional_derivatives(model, direction, [batch])
+        inside = forward_scores(model, directions, batch).scores
     assert torch.equal(plain, inside)
 
 
-# ---- models ------------------------------------------------------------------------------------------------
-class BatchModel(nn.Module):
-    """Called with the batch, as Composer models are."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        outputs = self.inner(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-        return {"logits": outputs.logits}
-
-
-def test_models_that_take_the_batch_score_the_same() -> None:
-    model = tiny_llama().eval()
-    plain = estimator().measure(model, update_index=0)
-    wrapped = estimator().measure(BatchModel(model), update_index=0)
-    np.testing.assert_array_equal(plain.scores, wrapped.scores)
-
-
-def test_documents_packed_together_do_not_see_each_other() -> None:
-    """A sample's loss does not change when the text of another document in its row does."""
-    model = tiny_llama().eval()
-    batch = random_batch(1, 3)
-    cut = int((batch["position_ids"][0] == 0).nonzero()[1])
-    other = {**batch, "input_ids": batch["input_ids"].clone()}
-    other["input_ids"][0, :cut] = (other["input_ids"][0, :cut] + 1) % VOCABULARY
-    first_only = {**batch, "labels": torch.full_like(batch["labels"], -100)}
-    first_only["labels"][0, cut + 1 :] = batch["labels"][0, cut + 1 :]
-    changed = {**other, "labels": first_only["labels"]}
-    assert sample_losses(model, first_only)[0].item() == pytest.approx(sample_losses(model, changed)[0].item())
-
-
-def test_half_precision_parameters_are_refused() -> None:
-    with pytest.raises(UserError, match=r"in float32, found model\.embed_tokens\.weight in torch\.bf"):
-        estimator().measure(tiny_llama(dtype=torch.bfloat16), update_index=0)
-
-
-def test_sharded_parameters_are_refused() -> None:
-    class FullyShardedDataParallel(nn.Module):
-        """Stands where torch's would: it is told by its name, so that torch's need not be imported."""
-
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.module = module
-
-    with pytest.raises(UserError, match="replicated"):
-        unwrap(FullyShardedDataParallel(tiny_llama()))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"metric": "cosine"}, "needs the norm of each source's gradient"),
-        ({"metric": "rav"}, r"expected one of raw, adam, found 'rav'\. Did you mean 'raw'"),
-        ({"source_samples": 1}, "expected at least 2"),
-        ({"step_size": 0.0}, "expected a relative step"),
-        ({"probe_samples": 0}, "expected at least 1"),
-    ],
-)
-def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        estimator(**options)
+def test_unknown_method_and_directions_of_another_model_are_refused() -> None:
+    model, batch = tiny_llama(), random_batch(1, 0)
+    directions = probe_directions(model)
+    with pytest.raises(UserError, match=r"expected method .*, found 'diference'\. Did you mean 'difference'"):
+        forward_scores(model, directions, batch, method="diference")  # type: ignore[arg-type]
+    model.model.norm.weight.requires_grad_(False)
+    with pytest.raises(UserError, match=r"found 'model\.norm\.weight' of shape \(16,\), where .* no such trainable"):
+        forward_scores(model, directions, batch)

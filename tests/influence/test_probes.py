@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from cheapertraining.errors import UserError
-from cheapertraining.influence import ProbeBank, adam_direction
-from cheapertraining.influence.probes import rank_rows
+from cheapertraining.influence import ProbeBank
+from cheapertraining.influence.parameters import select_parameters
+from cheapertraining.influence.ranks import rank_rows
+from cheapertraining.influence.scorers import COMBINED
 from tests.influence.tiny_llama import Rows, probe_loader, random_batch, tiny_llama
 
 
@@ -29,11 +31,13 @@ def test_the_gradient_is_that_of_the_mean_loss_on_the_window(microbatch_size: in
     model = tiny_llama(tied=tied).eval()
     loader = probe_loader()
     bank = ProbeBank({"p": loader}, samples=5)
-    gradient, losses = bank.gradient(model, "p", 3, microbatch_size)
+    directions, every = bank.directions(model, 3, select_parameters(model), microbatch_size)
+    losses = every["p"]
     window = [loader.dataset[index] for index in bank.window("p", 3)]
     batch = {name: torch.stack([row[name] for row in window]) for name in window[0]}
-    for found, expected in zip(gradient, backward_gradient(model, batch), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert directions.names == ("p",)
+    for found, expected in zip(directions.tensors.values(), backward_gradient(model, batch), strict=True):
+        torch.testing.assert_close(found[0], expected, rtol=1e-9, atol=1e-12)
     counted = (batch["labels"] != -100).sum(dim=1)
     assert losses.tokens.tolist() == counted.tolist()
     assert losses.indices == bank.window("p", 3)
@@ -63,44 +67,107 @@ def test_datasets_that_give_many_rows_at_once_are_asked_once() -> None:
     loader = torch.utils.data.DataLoader(dataset, batch_size=2)
     plain = torch.utils.data.DataLoader(Rows(random_batch(8, 1)), batch_size=2)
     model = tiny_llama().eval()
-    one, _ = ProbeBank({"p": loader}, samples=4).gradient(model, "p", 0)
-    other, _ = ProbeBank({"p": plain}, samples=4).gradient(model, "p", 0)
+    one, _ = ProbeBank({"p": loader}, samples=4).directions(model, 0, select_parameters(model))
+    other, _ = ProbeBank({"p": plain}, samples=4).directions(model, 0, select_parameters(model))
     assert dataset.calls == 1
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert all(torch.equal(part, other.tensors[name]) for name, part in one.tensors.items())
 
 
-def test_frozen_parameters_have_no_direction() -> None:
+def test_directions_are_over_the_selected_layers() -> None:
     model = tiny_llama().eval()
     model.model.layers[0].requires_grad_(False)
-    gradient, _ = ProbeBank({"p": probe_loader()}).gradient(model, "p", 0)
-    assert len(gradient) == sum(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_adam_s_direction_is_the_step_that_adam_would_take_without_momentum() -> None:
-    """Reference: torch's own Adam with beta1 = 0, stepped once with the probe's gradient at frozen second moments."""
-    model = tiny_llama().eval()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
-    for step in range(3):
-        batch = random_batch(4, step)
-        loss = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    optimizer.zero_grad()
     bank = ProbeBank({"p": probe_loader()})
-    gradient, _ = bank.gradient(model, "p", 0)
-    direction = adam_direction(model, [part.clone() for part in gradient], optimizer)
-    for parameter, part, found in zip(model.parameters(), gradient, direction, strict=True):
-        state = optimizer.state[parameter]
-        corrected = state["exp_avg_sq"] / (1 - 0.95 ** float(state["step"]))
-        torch.testing.assert_close(found, part / (corrected.sqrt() + 1e-8))
+    whole, _ = bank.directions(model, 0, select_parameters(model))
+    assert len(whole.tensors) == sum(parameter.requires_grad for parameter in model.parameters())
+    some, _ = bank.directions(model, 0, select_parameters(model, "last_1"))
+    assert {name.split(".")[2] for name in some.tensors} == {"1"}
+    assert all(torch.equal(part, whole.tensors[name]) for name, part in some.tensors.items())
 
 
-def test_adam_s_direction_needs_adam() -> None:
+def test_several_probes_and_their_weighted_sum() -> None:
+    model, loaders = tiny_llama(), {"p": probe_loader(), "q": probe_loader(seed=7)}
+    bank, parameters = ProbeBank(loaders, {"p": 3.0, "q": 1.0}, samples=4), select_parameters(model)
+    apart, losses = bank.directions(model, 0, parameters)
+    together, _ = bank.directions(model, 0, parameters, combine=True)
+    assert apart.names == ("p", "q") == tuple(losses)
+    assert together.names == (COMBINED,)
+    for name, part in together.tensors.items():
+        torch.testing.assert_close(part[0], 0.75 * apart.tensors[name][0] + 0.25 * apart.tensors[name][1])
+
+
+def test_half_precision_gradients_are_summed_in_float32() -> None:
+    model = tiny_llama(dtype=torch.bfloat16)
+    directions, _ = ProbeBank({"p": probe_loader()}).directions(model, 0, select_parameters(model), 2)
+    assert {part.dtype for part in directions.tensors.values()} == {torch.float32}
+
+
+# ---- refresh -----------------------------------------------------------------------------------------------
+def moved(model: torch.nn.Module, factor: float) -> torch.nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= factor
+    return model
+
+
+def test_directions_are_kept_until_they_are_old_and_over_a_resumption() -> None:
     model = tiny_llama()
-    gradient = [torch.ones_like(parameter) for parameter in model.parameters()]
-    with pytest.raises(UserError, match=r"expected an optimizer with Adam's second moments .* found SGD"):
-        adam_direction(model, gradient, torch.optim.SGD(model.parameters(), lr=0.1))
+    parameters = select_parameters(model)
+    bank = ProbeBank({"p": probe_loader()}, samples=6, refresh_every=3)
+    first, losses = bank.current(model, 4, parameters)
+    assert losses["p"].indices == bank.window("p", 1)
+    moved(model, 0.9)
+    assert bank.current(model, 6, parameters)[0] is first
+
+    resumed = ProbeBank({"p": probe_loader()}, samples=6, refresh_every=3)
+    resumed.load_state_dict(bank.state_dict())
+    again, same = resumed.current(model, 6, parameters)
+    assert again.names == first.names
+    assert all(torch.equal(part, first.tensors[name]) for name, part in again.tensors.items())
+    assert same["p"].sums.tolist() == losses["p"].sums.tolist()
+
+    later, losses = resumed.current(model, 7, parameters)
+    assert losses["p"].indices == bank.window("p", 2)
+    fresh, _ = bank.directions(model, 2, parameters)
+    assert all(torch.equal(part, fresh.tensors[name]) for name, part in later.tensors.items())
+
+
+def test_state_without_directions_or_over_others() -> None:
+    model = tiny_llama()
+    each = ProbeBank({"p": probe_loader()})
+    each.current(model, 0, select_parameters(model))
+    assert each.state_dict() == {"version": 1}
+    each.load_state_dict(each.state_dict())
+    kept = ProbeBank({"p": probe_loader()}, refresh_every=2)
+    kept.current(model, 0, select_parameters(model))
+    other = ProbeBank({"p": probe_loader()}, refresh_every=2)
+    other.load_state_dict(kept.state_dict())
+    with pytest.raises(UserError, match=r"saved directions over the 9 parameters of this run, found them over 20"):
+        other.current(model, 1, select_parameters(model, "last_1"))
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------
+def test_no_trace_is_left_even_by_a_probe_that_is_refused() -> None:
+    model = moved(tiny_llama().train(), float("nan"))
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    state = torch.get_rng_state()
+    with pytest.raises(UserError, match=r"data\.probes\.p: expected a finite gradient, found NaN"):
+        ProbeBank({"p": probe_loader()}).directions(model, 0, select_parameters(model))
+    assert model.training
+    assert torch.equal(model.lm_head.weight.grad, torch.ones_like(model.lm_head.weight))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_probe_without_labels_is_refused() -> None:
+    batch = random_batch(4, 0)
+    loader = torch.utils.data.DataLoader(Rows({**batch, "labels": torch.full_like(batch["labels"], -100)}))
+    with pytest.raises(UserError, match=r"data\.probes\.p: .* found every label masked in samples 0 to 3"):
+        ProbeBank({"p": loader}).directions(tiny_llama(), 0, select_parameters(tiny_llama()))
+
+
+def test_a_probe_of_another_tokenizer_is_refused() -> None:
+    loader = torch.utils.data.DataLoader(Rows(random_batch(4, 0, low=90, high=91)))
+    with pytest.raises(UserError, match=r"data\.probes\.p: expected token ids below .* vocabulary of 50, found 90"):
+        ProbeBank({"p": loader}).directions(tiny_llama(), 0, select_parameters(tiny_llama()))
 
 
 def test_rows_of_one_rank_are_all_rows() -> None:

@@ -1,332 +1,236 @@
-"""Forward-only look-ahead: the influence of every sample from two forward passes along a direction.
+"""Scores from forward passes alone: of data that is not trained on, in any model, in any wrapper.
 
-``<g_i, u>`` is the derivative of sample ``i``'s loss along ``u``, so
+``<g_i, u>`` is the derivative of unit ``i``'s loss along ``u``, so one derivative along ``u`` gives it for all units of
+a batch at once: no backward pass, no per-sample gradient, nothing stored, and exact for tied weights, norms and any
+attention kernel (the idea is that of In-Run Data Shapley's first-order term, arXiv 2406.11011, read from the probe's
+side).
 
-    <g_i, u> = (loss_i(theta + eps * u) - loss_i(theta - eps * u)) / (2 * eps) + O(eps**2)
+    difference  (loss_i(theta + eps u) - loss_i(theta)) / eps                 + O(eps)    one pass a direction
+    central     (loss_i(theta + eps u) - loss_i(theta - eps u)) / (2 eps)     + O(eps**2) two
+    jvp         forward-mode derivative, exact up to rounding                             about three
 
-gives it for all samples of a batch at once: no backward pass, no per-sample gradient, nothing stored, and
-    exact for tied
-weights, norms and any attention kernel (the idea is that of In-Run Data Shapley's first-order term, arXiv
-2406.11011, read from the probe's side).
-
-Precision: the two losses agree in all but their last digits, so the perturbed passes run in float32 with
-autocast and TF32 off, whatever precision training uses. Parameters kept in bfloat16 or float16 cannot hold
-the perturbation and are refused; parameters in float32 under bfloat16 autocast are fine. Attention kernels
-that exist in half precision only cannot run these passes.
+Precision of the differences: the two losses agree in all but their last digits, so those passes run in float32 with
+autocast and TF32 off, whatever precision training uses. Parameters kept in bfloat16 or float16 cannot hold the
+perturbation and are refused; parameters in float32 under bfloat16 autocast are fine. Attention kernels that exist in
+half precision only cannot run these passes. ``jvp`` subtracts nothing and takes any precision, but not shards.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cheapertraining.errors import UserError, nearest
-from cheapertraining.influence.losses import IGNORED
-from cheapertraining.influence.model_access import (
-    full_precision,
-    no_trace,
-    sample_losses,
-    to_device,
-    trainable_parameters,
-    unwrap,
-)
-from cheapertraining.influence.probes import (
-    Direction,
-    ProbeBank,
-    ProbeLosses,
-    adam_direction,
-    rank_rows,
-    sum_over_ranks,
-)
-from cheapertraining.influence.scorers import COMBINED, SourceInfluence
+from cheapertraining.influence.aggregation import By
+from cheapertraining.influence.model_access import full_precision, no_trace, to_device, unit_losses, unwrap
+from cheapertraining.influence.parameters import Directions, canonical_name, select_parameters
+from cheapertraining.influence.scorers import SampleScores
+from cheapertraining.influence.sharding import Shards, local, low_precision, reshard
 
-__all__ = ["LookAheadEstimator", "SampleSource", "directional_derivatives"]
+__all__ = ["Method", "check_precision", "forward_scores"]
 
+Method = Literal["difference", "central", "jvp"]
+METHODS = ("difference", "central", "jvp")
+_HALF = (torch.bfloat16, torch.float16)
 Batch = Mapping[str, torch.Tensor]
-METRICS = ("raw", "adam")
-_STATE_VERSION = 1
-_SEEDS = 1 << 31  # Keys are 64 bits wide: the seed above, the update below.
-_MODEL_INPUTS = ("input_ids", "labels", "position_ids")
+Losses = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
 
-class SampleSource(Protocol):
-    """Where samples of each source are drawn from, off the training order; ``MixedDataset`` is one."""
+def forward_scores(
+    model: nn.Module,
+    directions: Directions,
+    batch: Batch,
+    *,
+    method: Method = "difference",
+    step_size: float = 1e-4,
+    base_losses: torch.Tensor | None = None,
+    by: By = "sample",
+) -> SampleScores:
+    """Score the units of ``batch`` along each direction, by derivatives of their losses.
 
-    @property
-    def source_names(self) -> tuple[str, ...]: ...
-
-    def draw(self, source: str, n: int, key: int) -> dict[str, torch.Tensor]: ...
-
-
-def directional_derivatives(
-    model: nn.Module, direction: Direction, batches: Sequence[Batch], step_size: float = 1e-4
-) -> torch.Tensor:
-    """Derivative of each sample's summed loss along ``direction``, by a central difference.
-
-    Runs without gradients in full precision; the parameters are restored bit for bit. The caller sets the
-    model's mode.
+    Parameters are restored bit for bit; modes, generators and ``.grad`` are left as they were.
 
     Args:
-        model: unwrapped.
-        direction: one tensor for each trainable parameter.
-        batches: batch dicts on any device.
-        step_size: distance of the two points from ``theta``, relative to the norm of ``theta``:
-            ``eps = step_size * |theta| / |direction|``.
-
-    Returns:
-        float64 ``[N]`` over the samples of all batches, in nats per unit of ``direction``; zeros for a zero
-        direction, NaN for one that is not finite.
-    """
-    parameters = trainable_parameters(model)
-    device = parameters[0].device
-    length, size = _norm(direction), _norm([parameter.detach() for parameter in parameters])
-    count = sum(len(batch["labels"]) for batch in batches)
-    if length == 0 or not math.isfinite(length):
-        return torch.full((count,), 0.0 if length == 0 else math.nan, dtype=torch.float64, device=device)
-    eps = step_size * (size or 1.0) / length
-    difference = torch.zeros(count, dtype=torch.float64, device=device)
-    saved = [parameter.detach().clone() for parameter in parameters]
-    try:
-        with torch.no_grad(), full_precision(device):
-            for sign in (1.0, -1.0):
-                for parameter, kept, part in zip(parameters, saved, direction, strict=True):
-                    parameter.copy_(torch.add(kept, part, alpha=sign * eps))
-                losses = [sample_losses(model, to_device(batch, device))[0] for batch in batches]
-                difference += sign * torch.cat(losses)
-    finally:
-        with torch.no_grad():
-            for parameter, kept in zip(parameters, saved, strict=True):
-                parameter.copy_(kept)
-    return difference / (2 * eps)
-
-
-class LookAheadEstimator:
-    """Measures, for each source, what training on it would do to each probe.
-
-    One direction is made for each probe, so a measurement costs, for ``P`` probes and ``K`` sources, a
-    forward and backward pass over ``P * probe_samples`` samples and a forward pass over ``2 * P * K *
-    source_samples``. With ``combine`` there is one direction, the gradient of the weighted sum of the probes'
-    losses, and the second term loses its ``P``. All of it is spread over the ranks. Memory: twice the
-    trainable parameters.
-
-    Args:
-        mixture: gives ``source_names`` and ``draw``.
-        probes: a finite loader for each probe.
-        probe_weights: weight of each probe's loss in the objective, any scale; default equal.
-        probe_samples: samples of each probe in a measurement.
-        source_samples: samples of each source in a measurement, over all ranks; at least 2, or no error could
-            be told.
-        metric: ``raw``, the gradient itself (what a unit step of gradient descent does), or ``adam``,
-            preconditioned by the optimizer's second moments. Not offered: ``cosine``, which needs the norm of
-            each source's gradient, and forward passes do not give it.
-        step_size: see :func:`directional_derivatives`.
-        seed: of the samples drawn.
-        combine: one direction for all probes together.
+        model: on one rank or replicated; for the differences also sharded by FSDP, where all ranks call at once, each
+            with its own batch.
+        directions: over parameters of ``model``, as
+            :func:`~cheapertraining.influence.parameters.select_parameters` names them; not a score of NaN but NaN for
+            all units comes from one that is not finite, 0 from one of length 0.
+        batch: on any device.
+        method: see the module.
+        step_size: of the differences, relative to the norm of the parameters that ``directions`` are over:
+            ``eps = step_size * |theta| / |u|``.
+        base_losses: ``[N]`` summed losses of the units at the present parameters, in evaluation mode and full
+            precision, as :attr:`SampleScores.losses` of an earlier call gives them; they save ``difference`` a pass.
+        by: see :data:`~cheapertraining.influence.aggregation.By`.
 
     Raises:
-        UserError: an unknown metric, a bad count or step size, bad probes.
+        UserError: an unknown method; half precision where differences are taken; a sharded model or a kernel without
+            forward-mode derivative with ``jvp``; directions over parameters that the model does not have.
     """
-
-    def __init__(
-        self,
-        mixture: SampleSource,
-        probes: Mapping[str, DataLoader[Any]],
-        probe_weights: Mapping[str, float] | None = None,
-        *,
-        probe_samples: int = 8,
-        source_samples: int = 4,
-        metric: str = "raw",
-        step_size: float = 1e-4,
-        seed: int = 0,
-        combine: bool = False,
-    ) -> None:
-        _check_metric(metric)
-        if source_samples < 2:
-            raise UserError(f"source_samples: expected at least 2 (one has no standard error), found {source_samples}.")
-        if not 0 < step_size < 1:
-            raise UserError(f"step_size: expected a relative step between 0 and 1, such as 1e-4, found {step_size}.")
-        self.bank = ProbeBank(probes, probe_weights, probe_samples)
-        self.mixture = mixture
-        self.source_samples = source_samples
-        self.metric = metric
-        self.step_size = step_size
-        self.seed = seed
-        self.combine = combine
-        # Per probe: sample index -> (loss sum, tokens) at the last measurement.
-        self._last: dict[str, dict[int, tuple[float, float]]] = {}
-
-    def measure(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
-        *,
-        update_index: int,
-        microbatch_size: int | None = None,
-    ) -> SourceInfluence:
-        """Measure now. Call it on all ranks with the same ``update_index``, between optimizer steps.
-
-        Parameters, gradients, modes, random generators and the optimizer are afterwards as before, bit for
-        bit.
-
-        Args:
-            model: any ``nn.Module`` that :func:`~cheapertraining.influence.model_access.sample_losses` can
-                call; replicated (``DistributedDataParallel``) or on one rank.
-            optimizer: needed by the ``adam`` metric.
-            update_index: number of the measurement; says which samples are used.
-            microbatch_size: samples in a pass; default all that fall to this rank.
-
-        Raises:
-            UserError: half-precision parameters, or ``adam`` without Adam's moments.
-        """
-        started = time.perf_counter()
-        model = unwrap(model)
-        _check_precision(model)
-        losses: dict[str, ProbeLosses] = {}
-        with no_trace(model):
-            batches, places = self._source_rows(update_index, microbatch_size)
-            directions = self._directions(model, optimizer, update_index, microbatch_size, losses)
-            derivatives = [directional_derivatives(model, u, batches, self.step_size) for u in directions]
-        scores, errors = self._per_source(torch.stack(derivatives), batches, places)
-        return SourceInfluence(
-            sources=tuple(self.mixture.source_names),
-            directions=(COMBINED,) if self.combine else self.bank.names,
-            scores=scores,
-            errors=errors,
-            samples=self.source_samples,
-            probes=self.bank.names,
-            probe_weights=np.array(list(self.bank.weights.values())),
-            probe_losses=np.array([losses[name].mean for name in self.bank.names]),
-            probe_changes=np.array([self._change(name, losses[name]) for name in self.bank.names]),
-            seconds=time.perf_counter() - started,
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-able state: what the next measurement compares the probes' losses with."""
-        last = {name: [[index, *pair] for index, pair in seen.items()] for name, seen in self._last.items()}
-        return {"version": _STATE_VERSION, "last": last}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over :meth:`state_dict`; probes that no longer exist are forgotten."""
-        self._last = {
-            name: {int(index): (total, tokens) for index, total, tokens in seen}
-            for name, seen in state["last"].items()
-            if name in self.bank.names
-        }
-
-    def _source_rows(
-        self, update_index: int, microbatch_size: int | None
-    ) -> tuple[list[Batch], list[tuple[int, float]]]:
-        """This rank's share of the samples, in passes, and each row's place in ``[K * source_samples]``."""
-        names, per_source = self.mixture.source_names, self.source_samples
-        places = rank_rows(len(names) * per_source)
-        wanted: dict[int, list[int]] = {}
-        for place, _ in places:
-            wanted.setdefault(place // per_source, []).append(place % per_source)
-        # rank_rows fills up with row 0 at the end, so group by source and put the rows back in the order of
-        # ``places``.
-        drawn = {k: self.mixture.draw(names[k], per_source, (self.seed % _SEEDS << 32) + update_index) for k in wanted}
-        inputs = [name for name in _MODEL_INPUTS if all(name in batch for batch in drawn.values())]
-        whole = {
-            name: torch.stack([drawn[place // per_source][name][place % per_source] for place, _ in places])
-            for name in inputs
-        }
-        size = microbatch_size or len(places)
-        cuts = range(0, len(places), size)
-        return [{name: rows[cut : cut + size] for name, rows in whole.items()} for cut in cuts], places
-
-    def _directions(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
-        update_index: int,
-        microbatch_size: int | None,
-        losses: dict[str, ProbeLosses],
-    ) -> Iterator[Direction]:
-        """One direction after another, so that one is in memory at a time; fills ``losses`` on the way."""
-        combined: Direction | None = None
-        for name, weight in self.bank.weights.items():
-            gradient, losses[name] = self.bank.gradient(model, name, update_index, microbatch_size)
-            if not self.combine:
-                yield self._precondition(model, gradient, optimizer)
-                continue
-            weighted = [part.mul_(weight) for part in gradient]
-            combined = weighted if combined is None else [a.add_(b) for a, b in zip(combined, weighted, strict=True)]
-        if combined is not None:
-            yield self._precondition(model, combined, optimizer)
-
-    def _precondition(
-        self, model: nn.Module, gradient: Direction, optimizer: torch.optim.Optimizer | None
-    ) -> Direction:
-        if self.metric == "raw":
-            return gradient
-        if optimizer is None:
-            raise UserError("metric 'adam': expected the optimizer, found none. Pass it to measure(), or use 'raw'.")
-        return adam_direction(model, gradient, optimizer)
-
-    def _per_source(
-        self, derivatives: torch.Tensor, batches: Sequence[Batch], places: Sequence[tuple[int, float]]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Token-weighted mean of each source and its standard error (a ratio of means), each ``[D, K]``."""
-        device, n = derivatives.device, self.source_samples
-        counted = torch.tensor([counts for _, counts in places], dtype=torch.float64, device=device)
-        tokens = torch.cat([(batch["labels"][:, 1:] != IGNORED).sum(dim=1) for batch in batches]).to(device)
-        table = torch.zeros(
-            len(derivatives) + 1, len(self.mixture.source_names) * n, dtype=torch.float64, device=device
-        )
-        rows = torch.cat([derivatives, tokens.double()[None]]) * counted
-        table.index_add_(1, torch.tensor([place for place, _ in places], device=device), rows)
-        sum_over_ranks(table)
-        by_sample = table.cpu().numpy().reshape(len(table), -1, n)
-        slopes, lengths = by_sample[:-1], by_sample[-1]
-        total = np.maximum(lengths.sum(axis=1), 1.0)
-        scores = slopes.sum(axis=2) / total
-        residuals = slopes - scores[:, :, None] * lengths
-        return scores, np.sqrt(n / (n - 1) * (residuals**2).sum(axis=2)) / total
-
-    def _change(self, name: str, losses: ProbeLosses) -> float:
-        now = {
-            index: (float(total), float(tokens))
-            for index, total, tokens in zip(losses.indices, losses.sums, losses.tokens, strict=True)
-        }
-        before, self._last[name] = self._last.get(name, {}), now
-        common = [index for index in now if index in before]
-        tokens = sum(now[index][1] for index in common)
-        if not tokens:
-            return math.nan
-        return sum(now[index][0] - before[index][0] for index in common) / tokens
-
-
-def _norm(tensors: Sequence[torch.Tensor]) -> float:
-    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
-    return float(torch.linalg.vector_norm(torch.stack(norms)))
-
-
-def _check_metric(metric: str) -> None:
-    if metric in METRICS:
-        return
-    if metric == "cosine":
+    if method not in METHODS:
         raise UserError(
-            "algorithms.online_mixing.influence.metric: 'cosine' needs the norm of each source's gradient, "
-            "which forward passes do not give. Use 'raw' or 'adam'."
+            f"forward scorer: expected method {', '.join(METHODS)}, found '{method}'.{nearest(method, METHODS)}"
         )
-    raise UserError(
-        f"algorithms.online_mixing.influence.metric: expected one of {', '.join(METRICS)}, found '{metric}'."
-        f"{nearest(metric, METRICS)}"
-    )
+    model = unwrap(model)
+    parameters = _covered(model, directions)
+    device = next(iter(parameters.values())).device
+    placed = to_device(batch, device)
+    with no_trace(model), torch.no_grad():
+        if method == "jvp":
+            return _jvp(model, parameters, directions, placed, by)
+        check_precision(model)
+
+        def losses() -> tuple[torch.Tensor, torch.Tensor]:
+            reshard(model)  # Else FSDP would use what it has gathered before the step.
+            return unit_losses(model, placed, by)
+
+        with full_precision(device):
+            return _differences(_Perturbation(model, parameters, directions), losses, method, step_size, base_losses)
 
 
-def _check_precision(model: nn.Module) -> None:
+def check_precision(model: nn.Module) -> None:
+    """Refuse parameters, or passes, in half precision, in which differences of losses drown.
+
+    Raises:
+        UserError: naming the first such parameter, or FSDP's mixed precision.
+    """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
             raise UserError(
-                f"look-ahead influence: expected parameters in float32, found {name} in {parameter.dtype}, "
-                "which cannot hold the perturbation. Keep them in float32 and train with precision amp_bf16."
+                f"look-ahead influence: expected parameters in float32, found {canonical_name(name)} in "
+                f"{parameter.dtype}, which cannot hold the perturbation. Keep them in float32 and train with precision "
+                "amp_bf16, or use method 'jvp'."
             )
+    if (half := low_precision(model)) is not None:
+        raise UserError(
+            f"look-ahead influence: expected FSDP to gather parameters in float32, found mixed precision {half}, in "
+            "which the perturbation is lost. Set param_dtype to float32."
+        )
+
+
+def _covered(model: nn.Module, directions: Directions) -> dict[str, nn.Parameter]:
+    parameters = select_parameters(model)
+    for name, tensor in directions.tensors.items():
+        if name not in parameters or local(parameters[name]).shape != tensor.shape[1:]:
+            found = tuple(local(parameters[name]).shape) if name in parameters else "no such trainable parameter"
+            raise UserError(
+                f"influence directions: expected the model's parameters, found '{name}' of shape "
+                f"{tuple(tensor.shape[1:])}, where the model has {found}. Make the directions from this model."
+            )
+    return {name: parameters[name] for name in directions.tensors}
+
+
+class _Perturbation:
+    """Moves a model's parameters along directions, and back."""
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], directions: Directions) -> None:
+        self.model = model
+        self.held = {name: local(parameter) for name, parameter in parameters.items()}
+        self.directions = directions
+        shards = Shards(model, parameters)
+        self.size = shards.norm(self.held) or 1.0
+        self.lengths = [
+            shards.norm({name: tensor[row] for name, tensor in directions.tensors.items()})
+            for row in range(len(directions.names))
+        ]
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[Callable[[int, float], None]]:
+        """Within, ``move(row, eps)`` puts the parameters at ``theta + eps * u_row``; on leaving they are ``theta``."""
+        saved = {name: tensor.clone() for name, tensor in self.held.items()}
+
+        def move(row: int, eps: float) -> None:
+            for name, tensor in self.held.items():
+                torch.add(saved[name], self.directions.tensors[name][row].to(tensor.dtype), alpha=eps, out=tensor)
+
+        try:
+            yield move
+        finally:
+            for name, tensor in self.held.items():
+                tensor.copy_(saved[name])
+            reshard(self.model)
+
+
+def _differences(
+    perturbation: _Perturbation, losses: Losses, method: Method, step_size: float, base: torch.Tensor | None
+) -> SampleScores:
+    tokens: torch.Tensor | None = None
+    if method == "difference" and base is None:
+        base, tokens = losses()
+    columns: list[torch.Tensor | float] = []
+    with perturbation.restored() as move:
+        for row, length in enumerate(perturbation.lengths):
+            if length == 0 or not math.isfinite(length):
+                columns.append(0.0 if length == 0 else math.nan)
+                continue
+            eps = step_size * perturbation.size / length
+            move(row, eps)
+            ahead, tokens = losses()
+            if method == "central":
+                move(row, -eps)
+                columns.append((ahead - losses()[0]) / (2 * eps))
+            else:
+                assert base is not None
+                columns.append((ahead - base.to(ahead)) / eps)
+    if tokens is None:  # No direction asked for a pass.
+        base, tokens = losses()
+    if base is None:
+        base = torch.full(tokens.shape, math.nan, dtype=torch.float64, device=tokens.device)
+    return SampleScores(scores=_stack(columns, tokens), tokens=tokens, losses=base.to(tokens.device).double())
+
+
+def _stack(columns: list[torch.Tensor | float], tokens: torch.Tensor) -> torch.Tensor:
+    """float64 ``[N, K]`` of one column a direction; a number stands for a column of it."""
+    zeros = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
+    return torch.stack([zeros + column for column in columns], dim=1)
+
+
+def _jvp(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], directions: Directions, batch: Batch, by: By
+) -> SampleScores:
+    shards = Shards(model, parameters)
+    if shards.sharded:
+        raise UserError(
+            "influence method 'jvp': expected whole parameters on each rank, found them sharded by FSDP, whose "
+            "gathering has no forward-mode derivative. Use method 'difference'."
+        )
+    model = getattr(model, "_orig_mod", model)  # A compiled graph has no forward-mode derivative either.
+    size = shards.norm({name: parameter.detach() for name, parameter in parameters.items()}) or 1.0
+    columns: list[torch.Tensor | float] = []
+    for row in range(len(directions.names)):
+        length = shards.norm({name: tensor[row] for name, tensor in directions.tensors.items()})
+        # Tangents of the parameters' own size: half precision rounds them as it rounds the parameters.
+        factor = size / length if length > 0 and math.isfinite(length) else 1.0
+        tangents = {
+            name: (tensor[row] * factor).to(parameters[name].dtype) for name, tensor in directions.tensors.items()
+        }
+        losses, slopes, tokens = _dual_pass(model, parameters, tangents, batch, by)
+        columns.append(slopes / factor)
+    return SampleScores(scores=_stack(columns, tokens), tokens=tokens, losses=losses)
+
+
+def _dual_pass(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    tangents: Mapping[str, torch.Tensor],
+    batch: Batch,
+    by: By,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One pass with ``theta + eps * tangent`` as dual numbers: losses, derivatives and tokens of the units, ``[N]``."""
+    raw = {canonical_name(name): name for name, _ in model.named_parameters()}
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        duals: dict[str, Any] = {
+            raw[name]: forward_ad.make_dual(parameter.detach(), tangents[name])  # type: ignore[no-untyped-call]
+            for name, parameter in parameters.items()
+        }
+        losses, tokens = unit_losses(model, batch, by, duals)
+        primal, tangent = forward_ad.unpack_dual(losses)  # type: ignore[no-untyped-call]
+    return primal, torch.zeros_like(primal) if tangent is None else tangent, tokens
