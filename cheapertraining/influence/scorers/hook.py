@@ -30,6 +30,7 @@ __all__ = [
     "hook_scores",
     "named_parameters",
     "per_unit_gradients",
+    "run_pass",
 ]
 
 Batch = Mapping[str, torch.Tensor]
@@ -52,7 +53,7 @@ def hook_scores(model: nn.Module, directions: Directions, batch: Batch, *, by: B
     parameters = named_parameters(model, directions.tensors)
     units = _units(batch, by, parameters)
     consumer = Products(directions.tensors, units)
-    found = _pass(model, parameters, batch, units, consumer)
+    found = run_pass(model, parameters, batch, units, consumer)
     _check_finite(consumer.scores, found)
     return SampleScores(consumer.scores, found.tokens, found.losses)
 
@@ -135,7 +136,7 @@ def hook_projected(
     parameters = named_parameters(model, projection.left)
     consumer = Projected(projection)
     units = _units(batch, by, parameters)
-    found = _pass(model, parameters, batch, units, consumer)
+    found = run_pass(model, parameters, batch, units, consumer)
     for values in consumer.found.values():
         _check_finite(values, found)
     return consumer.found
@@ -154,7 +155,7 @@ def per_unit_gradients(
     At any time the gradients of one parameter exist; ``consume`` must not keep them, and must not run a backward pass.
     """
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    return _pass(model, parameters, batch, _units(batch, by, parameters), Dense(shapes, consume))
+    return run_pass(model, parameters, batch, _units(batch, by, parameters), Dense(shapes, consume))
 
 
 _INPUTS = ("input_ids", "labels", "position_ids")
@@ -166,7 +167,7 @@ def _moments(model: nn.Module, parameters: Parameters, batch: Batch, by: By, *, 
         for name, p in parameters.items()
     }
     consumer = Moments(nothing, gram=gram)
-    found = _pass(model, parameters, batch, _units(batch, by, parameters), consumer)
+    found = run_pass(model, parameters, batch, _units(batch, by, parameters), consumer)
     for moment in consumer.found.values():
         _check_finite(moment.gram, found)
     return {name: moment.gram.double() for name, moment in consumer.found.items()}
@@ -176,7 +177,8 @@ def _units(batch: Batch, by: By, parameters: Parameters) -> Units:
     return Units(batch, by, next(iter(parameters.values())).device)
 
 
-def _pass(model: nn.Module, parameters: Parameters, batch: Batch, units: Units, consumer: Consumer) -> SampleLosses:
+def run_pass(model: nn.Module, parameters: Parameters, batch: Batch, units: Units, consumer: Consumer) -> SampleLosses:
+    """Hand to ``consumer`` what passes by at the sites of ``parameters`` for the batch that ``units`` was made of."""
     inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
     refuse_compiled(inner)
     check_vocabulary(inner, batch, "influence")
