@@ -114,13 +114,21 @@ class Watch:
                 "`layers`."
             )
 
-    def flat(self, site: Site, tensor: torch.Tensor, width: int) -> torch.Tensor:
-        """``[B * S, ...]`` from what a site saw: token first, the last ``width`` dimensions as they are."""
-        inner = tensor.shape[tensor.dim() - width :] if width else tensor.shape[:0]
-        lead = tensor.shape[: tensor.dim() - width]
-        if tuple(lead[:2]) == self.units.shape or (lead and lead[0] == self.units.tokens):
-            return tensor.reshape(self.units.tokens, -1, *inner)
-        raise UserError(
+    def by_token(self, site: Site, tensor: torch.Tensor, width: int) -> torch.Tensor:
+        """``[B * S, m, *own]`` from what a site saw: ``own`` its last ``width`` dimensions, ``m`` those between."""
+        count, lead = self.units.tokens, tensor.shape[: tensor.dim() - width]
+        if tuple(lead[:2]) == self.units.shape or lead[:1] == (count,):
+            return tensor.reshape(count, -1, *tensor.shape[tensor.dim() - width :])
+        raise self._misshapen(site, tensor)
+
+    def rows(self, site: Site, tensor: torch.Tensor) -> torch.Tensor:
+        """``[B * S, d]`` from what a site saw, one vector for each token."""
+        if tensor.shape[:-1].numel() != self.units.tokens:
+            raise self._misshapen(site, tensor)
+        return tensor.reshape(self.units.tokens, tensor.shape[-1])
+
+    def _misshapen(self, site: Site, tensor: torch.Tensor) -> UserError:
+        return UserError(
             f"influence: expected '{site.name}' to see one vector for each of {self.units.shape[0]} x "
             f"{self.units.shape[1]} tokens, found the shape {tuple(tensor.shape)}. Leave it out with `layers`, or use "
             "the forward scorer."
@@ -236,11 +244,11 @@ def _linear(watch: Watch, site: Site, original: Forward) -> Forward:
     plain = "forward" not in module.__dict__ and (turned or type(module).forward is nn.Linear.forward)
 
     def visit(seen: torch.Tensor, gradient: torch.Tensor, of_weight: torch.Tensor | None = None) -> None:
-        out = _matrix_operand(watch.flat(site, gradient, 1).squeeze(1))
+        out = _matrix_operand(watch.rows(site, gradient))
         if bias is not None:
             watch.vector(bias, watch.units.sum(out))
         if weight is not None:
-            into = _matrix_operand(watch.flat(site, seen, 1).squeeze(1))
+            into = _matrix_operand(watch.rows(site, seen))
             watch.matrix(weight, Factors(into, out) if turned else Factors(out, into), of_weight)
 
     def forward(input: torch.Tensor) -> torch.Tensor:
@@ -248,13 +256,8 @@ def _linear(watch: Watch, site: Site, original: Forward) -> Forward:
             return original(input)
         input = _cast(input)
         held: Any = module.weight
-        merged = plain and weight is not None and watch.anchor is None and not watch.waits(weight)
         # In half precision the sum of rounded units is not the rounded sum: autograd's own product makes the gradient.
-        if (
-            merged
-            and _cast(held).dtype in (torch.float32, torch.float64)
-            and watch.consumer.merges(weight, watch.units)
-        ):
+        if plain and _cast(held).dtype in _WIDE and weight is not None and watch.merges(weight):
             return _apply(_MergedLinear, input, held, module.bias, turned, visit)
         return _apply(_Tap, original(input), input.detach(), watch.anchor, visit)
 
@@ -271,7 +274,7 @@ def _embedding(watch: Watch, site: Site, original: Forward) -> Forward:
     name = site.parameters["weight"]
 
     def visit(tokens: torch.Tensor, gradient: torch.Tensor) -> None:
-        out = wide(watch.flat(site, gradient, 1).squeeze(1))
+        out = wide(watch.rows(site, gradient))
         if module.padding_idx is not None:
             out = out.masked_fill((tokens.reshape(-1) == module.padding_idx)[:, None], 0)
         watch.matrix(name, Factors(tokens.reshape(-1), out))
@@ -294,7 +297,7 @@ def _norm(watch: Watch, site: Site, original: Forward) -> Forward:
 
     def visitor(name: str, width: int) -> Visit:
         def visit(gradient: torch.Tensor) -> None:
-            watch.vector(name, watch.units.sum(watch.flat(site, gradient, width).sum(1)))
+            watch.vector(name, watch.units.sum(watch.by_token(site, gradient, width).sum(1)))
 
         return visit
 
@@ -322,14 +325,14 @@ def _known_norm(watch: Watch, site: Site, original: Forward) -> Forward:
     def visit(seen: torch.Tensor, gradient: torch.Tensor) -> None:
         out = wide(gradient)
         if bias is not None:
-            watch.vector(bias, watch.units.sum(watch.flat(site, out, len(shape)).sum(1)))
+            watch.vector(bias, watch.units.sum(watch.by_token(site, out, len(shape)).sum(1)))
         if weight is not None:
             if isinstance(module, nn.RMSNorm):
                 eps = module.eps if module.eps is not None else torch.finfo(seen.dtype).eps
                 normal = F.rms_norm(wide(seen), shape, None, eps)
             else:
                 normal = F.layer_norm(wide(seen), shape, None, None, module.eps)
-            watch.vector(weight, watch.units.sum(watch.flat(site, normal.mul_(out), len(shape)).sum(1)))
+            watch.vector(weight, watch.units.sum(watch.by_token(site, normal.mul_(out), len(shape)).sum(1)))
 
     def forward(input: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():

@@ -184,9 +184,9 @@ def run_pass(model: nn.Module, parameters: Parameters, batch: Batch, units: Unit
     check_vocabulary(inner, batch, "influence")
     anchor = torch.zeros((), device=next(iter(parameters.values())).device, requires_grad=True)
     watch = Watch(find_sites(inner, parameters), consumer, units, anchor)
-    with no_trace(inner), _frozen(inner), torch.enable_grad(), watched(watch):
+    with no_trace(inner), _frozen(inner), torch.set_grad_enabled(True), watched(watch):
         losses, counted = model_losses(inner, batch)
-        losses.sum().backward()
+        torch.autograd.backward(losses.sum())
     watch.flush()
     return SampleLosses(units.sum(losses.detach().double().reshape(-1)), units.sum_counts(counted))
 

@@ -48,7 +48,7 @@ def _walk(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, by: By
 ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]]:
     inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
-    with no_trace(inner), torch.enable_grad():
+    with no_trace(inner), torch.set_grad_enabled(True):
         losses, counted = model_losses(inner, batch)
     index, count = unit_index(batch, by)
     for unit in range(count):
