@@ -9,7 +9,7 @@ from torch import nn
 from cheapertraining.errors import UserError
 from cheapertraining.influence.parameters import Directions, select_parameters
 from cheapertraining.influence.preconditioners import Adam, Identity, Preconditioner
-from cheapertraining.influence.preconditioners.base import check_batches
+from cheapertraining.influence.preconditioners.base import count_units
 
 
 def trained(amsgrad: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -72,10 +72,15 @@ def test_identity_copies() -> None:
     assert u.tensors["w"].sum() == 3
 
 
-def test_sets_that_nothing_can_be_fitted_on() -> None:
+def test_units_with_a_loss_are_counted_and_none_is_an_error() -> None:
+    cpu = torch.device("cpu")
     with pytest.raises(UserError, match="datainf: expected at least one batch to fit on, found none"):
-        check_batches("datainf", [])
+        count_units("datainf", [], "sample", cpu)
     masked = {"labels": torch.full((2, 4), -100)}
     with pytest.raises(UserError, match="found every label masked"):
-        check_batches("datainf", [masked])
-    check_batches("datainf", [masked, {"labels": torch.tensor([[-100, 3]])}])
+        count_units("datainf", [masked], "sample", cpu)
+    packed = {"labels": torch.tensor([[-100, 3, -100, 4]]), "position_ids": torch.tensor([[0, 1, 0, 1]])}
+    padded = {"labels": torch.tensor([[-100, 3, -100, -100]]), "position_ids": torch.tensor([[0, 1, 0, 1]])}
+    assert count_units("datainf", [masked, packed], "sample", cpu) == 1
+    assert count_units("datainf", [packed], "document", cpu) == 2
+    assert count_units("datainf", [padded], "document", cpu) == 1

@@ -11,6 +11,7 @@ from torch import nn
 from cheapertraining.errors import UserError
 from cheapertraining.influence.parameters import Directions
 from cheapertraining.influence.preconditioners.base import check_covered
+from cheapertraining.influence.sharding import local
 
 __all__ = ["Adam"]
 
@@ -39,7 +40,7 @@ class Adam:
         Raises:
             UserError: the optimizer has no second moments for any of the parameters; directions over others.
         """
-        check_covered("adam", directions, {name: _local(p.data).shape for name, p in self._parameters.items()})
+        check_covered("adam", directions, {name: local(p).shape for name, p in self._parameters.items()})
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
         scaled, found = {}, False
         for name, direction in directions.tensors.items():
@@ -52,7 +53,7 @@ class Adam:
                 scaled[name] = torch.zeros_like(direction)
                 continue
             found = True
-            moment = _local(state.get("max_exp_avg_sq", state["exp_avg_sq"])).to(direction.dtype)
+            moment = local(state.get("max_exp_avg_sq", state["exp_avg_sq"])).to(direction.dtype)
             correction = 1.0 - group["betas"][1] ** float(state["step"])
             scaled[name] = direction / (moment / correction).sqrt_().add_(group["eps"])
         if not found:
@@ -61,8 +62,3 @@ class Adam:
                 f"{type(self._optimizer).__name__} without. Use metric 'raw', or an Adam-like optimizer."
             )
         return Directions(directions.names, scaled)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part on this rank of a tensor that may be sharded (a ``DTensor``, told by its method, not imported)."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

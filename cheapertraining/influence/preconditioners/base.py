@@ -8,10 +8,12 @@ from typing import ClassVar, Protocol
 import torch
 
 from cheapertraining.errors import UserError, nearest
+from cheapertraining.influence.aggregation import By, unit_index
 from cheapertraining.influence.losses import IGNORED
 from cheapertraining.influence.parameters import Directions
+from cheapertraining.influence.ranks import sum_over_ranks
 
-__all__ = ["Identity", "Preconditioner", "check_batches", "check_covered", "check_finite", "check_same_parameters"]
+__all__ = ["Identity", "Preconditioner", "check_covered", "check_finite", "check_same_parameters", "count_units"]
 
 
 class Preconditioner(Protocol):
@@ -72,19 +74,37 @@ def check_same_parameters(preconditioner: str, directions: Directions, names: Se
             )
 
 
-def check_batches(preconditioner: str, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    """Refuse a set of batches that has no token with a loss.
+def count_units(
+    preconditioner: str, batches: Sequence[Mapping[str, torch.Tensor]], by: By, device: torch.device
+) -> int:
+    """Number of units (samples or documents) with at least one token that a loss counts for, over all ranks.
+
+    Args:
+        preconditioner: name, for errors.
+        batches: this rank's.
+        by: what a unit is.
+        device: that ranks communicate on.
 
     Raises:
-        UserError: no batch, or only masked labels.
+        UserError: on all ranks alike: no batch, or only masked labels.
     """
-    if not batches:
+    counts = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in batches:
+        units, number = unit_index(batch, by)
+        # The loss of label t + 1 belongs to the unit of position t.
+        counted = batch["labels"][:, 1:] != IGNORED
+        hit = torch.zeros(number, dtype=torch.bool, device=units.device)
+        hit[units[:, :-1][counted]] = True
+        counts += torch.tensor([1, int(hit.sum())], device=device)
+    sum_over_ranks(counts)
+    if not counts[0]:
         raise UserError(f"{preconditioner}: expected at least one batch to fit on, found none.")
-    if not any(bool((batch["labels"][:, 1:] != IGNORED).any()) for batch in batches):
+    if not counts[1]:
         raise UserError(
             f"{preconditioner}: expected batches with tokens that a loss counts for, found every label masked "
             f"({IGNORED}). Pick other samples, or put the mask right."
         )
+    return int(counts[1])
 
 
 def check_finite(preconditioner: str, name: str, values: torch.Tensor) -> None:
