@@ -192,7 +192,7 @@ def create_probe_dataloaders(
     Args:
         probe_config: ``{path, size}`` for one probe, which is then named ``default``, or ``{domains: {<name>: {path,
             samples}}}``. ``path`` is a folder of shards, ``size`` or ``samples`` the most rows to read of it.
-        tokenizer: what the shards were made with; None: ``<path>/../tokenizer`` or ``<path>/../../tokenizer``.
+        tokenizer: what the shards must have been made with; None: that is not checked.
         max_length: tokens in a row; None: what the shards have.
         batch_size: rows in a batch.
         seed: without effect: a probe is a fixed set, read in order.
@@ -300,7 +300,9 @@ def _probe_loader(
     store = ShardStore(
         [ShardFolder(f"probe '{name}'", folder)],
         seq_len=max_length or read_meta(folder).seq_len,
-        tokenizer=_probe_tokenizer(tokenizer, folder),
+        tokenizer=tokenizer
+        if tokenizer is None or isinstance(tokenizer, TokenizerWrapper)
+        else TokenizerWrapper(tokenizer),
     )
     split: Dataset[SampledRows] = SplitDataset(store, 0, -1)
     rows = store.samples(0)
@@ -308,12 +310,3 @@ def _probe_loader(
     if most < rows:
         split = Subset(split, range(most))
     return DataLoader(split, batch_size, collate_fn=cast(Any, _collate_unmasked))
-
-
-def _probe_tokenizer(tokenizer: Any, folder: Path) -> TokenizerWrapper:
-    if isinstance(tokenizer, TokenizerWrapper):
-        return tokenizer
-    if tokenizer is not None:
-        return TokenizerWrapper(tokenizer)
-    beside = [parent / "tokenizer" for parent in folder.parents[:2]]
-    return TokenizerWrapper(next((path for path in beside if path.is_dir()), beside[0]))

@@ -78,11 +78,11 @@ class PackedTexts(PackedDataset):
         text_column: str = "text",
         packing: str = "best_fit",
     ) -> None:
-        eos = getattr(tokenizer, "eos_id", None) if isinstance(tokenizer, TokenizerWrapper) else tokenizer.eos_token_id
+        eos: int = tokenizer.eos_id if isinstance(tokenizer, TokenizerWrapper) else tokenizer.eos_token_id
         self.dataset = dataset
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.separator_token_id: int = eos if separator_token_id is None else separator_token_id
+        self.separator_token_id = eos if separator_token_id is None else separator_token_id
         self._text_column = text_column
         self._packing = packing
         self._eos = eos

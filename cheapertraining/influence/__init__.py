@@ -1,16 +1,46 @@
-"""What does training on a sample, or on a source, do to the loss on a probe? Positive scores help."""
+"""What does training on a sample, or on a source, do to the loss on a probe? Positive scores help.
+
+Names that live in ``cheapertraining.mixing``, which is built on this package, are handed on when they are asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from cheapertraining.influence.losses import per_sample_loss, token_losses
-from cheapertraining.influence.probes import ProbeBank, adam_direction
+from cheapertraining.influence.optimizer import InfluenceAwareOptimizer
+from cheapertraining.influence.probes import ProbeBank
 from cheapertraining.influence.scorers import SourceInfluence
-from cheapertraining.influence.scorers.forward import LookAheadEstimator, directional_derivatives
+from cheapertraining.influence.scorers.forward import forward_scores
+from cheapertraining.influence.scorers.look_ahead import LookAheadEstimator
+from cheapertraining.influence.settings import InfluenceConfig
+
+if TYPE_CHECKING:
+    from cheapertraining.mixing import (
+        InfluenceTracker,
+        MixtureWeightCalculator,
+        create_influence_tracker,
+        create_mixture_calculator,
+    )
+
+_OF_MIXING = ("InfluenceTracker", "MixtureWeightCalculator", "create_influence_tracker", "create_mixture_calculator")
 
 __all__ = [
+    "InfluenceAwareOptimizer",
+    "InfluenceConfig",
+    "InfluenceTracker",
     "LookAheadEstimator",
+    "MixtureWeightCalculator",
     "ProbeBank",
     "SourceInfluence",
-    "adam_direction",
-    "directional_derivatives",
+    "create_influence_tracker",
+    "create_mixture_calculator",
+    "forward_scores",
     "per_sample_loss",
     "token_losses",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OF_MIXING:
+        return getattr(import_module("cheapertraining.mixing"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from cheapertraining.mixing.calculator import MixtureWeightCalculator, create_mixture_calculator
 from cheapertraining.mixing.constraints import Constraints
 from cheapertraining.mixing.controller import Decision, Mixture, MixtureController
 from cheapertraining.mixing.signals import INFLUENCE, LOSSES, Signals, SourceInfo, Strategy
@@ -15,6 +16,7 @@ from cheapertraining.mixing.strategies import (
     StaticStrategy,
     UniMaxStrategy,
 )
+from cheapertraining.mixing.tracker import InfluenceTracker, create_influence_tracker
 
 if TYPE_CHECKING:
     from cheapertraining.mixing.algorithm import OnlineMixing
@@ -25,8 +27,10 @@ __all__ = [
     "Constraints",
     "Decision",
     "InfluenceStrategy",
+    "InfluenceTracker",
     "Mixture",
     "MixtureController",
+    "MixtureWeightCalculator",
     "OnlineMixing",
     "ProportionalStrategy",
     "ScheduleStrategy",
@@ -35,6 +39,8 @@ __all__ = [
     "StaticStrategy",
     "Strategy",
     "UniMaxStrategy",
+    "create_influence_tracker",
+    "create_mixture_calculator",
 ]
 
 

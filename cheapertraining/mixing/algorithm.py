@@ -23,13 +23,11 @@ from composer.utils import dist
 
 from cheapertraining.errors import UserError
 from cheapertraining.influence.scorers import SourceInfluence
-from cheapertraining.influence.scorers.forward import LookAheadEstimator
+from cheapertraining.influence.scorers.look_ahead import LookAheadEstimator
+from cheapertraining.mixing.agreement import agreed
 from cheapertraining.mixing.controller import Decision, MixtureController, Totals
 
 __all__ = ["OnlineMixing"]
-
-# Ranks compute the same numbers, but not always on the same hardware.
-_AGREEMENT = 1e-6
 
 
 class OnlineMixing(Algorithm):
@@ -183,7 +181,8 @@ class OnlineMixing(Algorithm):
     def _decide(self, state: State, batch: int) -> dict[str, float]:
         self._flush()
         measured = self._measure(state) if self.controller.needs_influence else None
-        weights = self._agreed(self.controller.propose(batch, measured), state)
+        wish = self.controller.propose(batch, measured)
+        weights = agreed(wish, self.controller.source_names)
         learning_rate = float(state.optimizers[0].param_groups[0]["lr"])
         decision = self.controller.commit(batch, weights, measured, learning_rate)
         self._write(decision)
@@ -203,25 +202,6 @@ class OnlineMixing(Algorithm):
                 update_index=self.controller.measurements,
                 microbatch_size=size if isinstance(size, int) else None,
             )
-
-    def _agreed(self, weights: dict[str, float] | None, state: State) -> dict[str, float] | None:
-        """Return rank 0's weights on every rank, after making sure that the others came to the same."""
-        if dist.get_world_size() == 1:
-            return weights
-        names = self.controller.source_names
-        mine = [1.0, *(weights[name] for name in names)] if weights is not None else [0.0] * (len(names) + 1)
-        ours = state.device.tensor_to_device(torch.tensor(mine, dtype=torch.float64))
-        first = ours.clone()
-        dist.broadcast(first, src=0)
-        apart = (first - ours).abs().max()
-        dist.all_reduce(apart, reduce_operation="MAX")
-        if not float(apart) <= _AGREEMENT:
-            raise RuntimeError(
-                f"online_mixing: ranks disagree on the new weights by up to {float(apart):.3g}, so they saw "
-                "different signals: the batches of one rank would no longer fit those of another."
-            )
-        decided, *values = first.tolist()
-        return dict(zip(names, values, strict=True)) if decided else None
 
     def _course(self, batch: int) -> dict[str, float]:
         """Weights, counts and losses by source."""
