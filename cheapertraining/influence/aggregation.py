@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 
 from cheapertraining.errors import UserError
+from cheapertraining.influence.ranks import sum_over_ranks
 
-__all__ = ["By", "mean_by_group", "unit_index"]
+__all__ = ["By", "GroupSums", "source_of_units", "unit_index"]
 
 By = Literal["sample", "document"]
 """What gets a score of its own: a row of the batch, or each document packed into one."""
@@ -39,34 +40,79 @@ def unit_index(batch: Mapping[str, torch.Tensor], by: By) -> tuple[torch.Tensor,
     return units, int(units[-1, -1]) + 1
 
 
-def mean_by_group(
-    scores: torch.Tensor, tokens: torch.Tensor, group: torch.Tensor, count: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token-weighted mean score of each group of units, and its standard error.
+def source_of_units(batch: Mapping[str, torch.Tensor], by: By) -> torch.Tensor:
+    """The source of each unit, int64 ``[N]``, from ``source`` int64 ``[B]`` in the batch.
 
-    A unit's score belongs to its summed loss, so the mean is a ratio of two sums, and the error that of a ratio of
-    means (Cochran, Sampling Techniques, 1977, section 6.4): with residuals ``r_i = s_i - mean * t_i`` over ``n`` units,
-    ``sqrt(n / (n - 1) * sum r_i**2) / sum t_i``.
+    Raises:
+        UserError: the batch has none.
+    """
+    if "source" not in batch:
+        raise UserError("influence by source: expected 'source' int64 [B] in the batch, found none.")
+    if by == "sample":
+        return batch["source"]
+    index, count = unit_index(batch, by)
+    by_token = batch["source"].to(index.device)[:, None].expand_as(index)
+    return torch.empty(count, dtype=torch.int64, device=index.device).scatter_(
+        0, index.reshape(-1), by_token.reshape(-1)
+    )
+
+
+class GroupSums:
+    """Sums over units by group, from which the token-weighted mean score of each group and its error follow.
+
+    A unit's score ``s_i`` belongs to its summed loss over ``t_i`` tokens, so a group's mean is a ratio of two sums, and
+    its error that of a ratio of means (Cochran, Sampling Techniques, 1977, section 6.4): with residuals
+    ``r_i = s_i - mean * t_i`` over ``n`` units, ``sqrt(n / (n - 1) * sum r_i**2) / sum t_i``. Units without a
+    token that counts are left out.
 
     Args:
-        scores: ``[N, K]``.
-        tokens: ``[N]``, loss-counting tokens of each unit.
-        group: int64 ``[N]``, the source of each unit, from 0; units below 0 are left out.
-        count: number of groups, ``G``.
-
-    Returns:
-        float64 ``[G, K]`` means and errors; both NaN for a group without a counting token, the error also for one with
-        a single unit.
+        groups: ``G``.
+        columns: of the scores, ``K``.
+        device: where scores come from.
     """
-    kept = group >= 0
-    index, length = group[kept], tokens[kept].double()
-    wide = scores[kept].double()
-    shape = (count, scores.shape[1])
-    total = torch.zeros(count, dtype=torch.float64, device=wide.device).index_add_(0, index, length)
-    number = torch.zeros_like(total).index_add_(0, index, torch.ones_like(length))
-    total = torch.where(total > 0, total, torch.nan)[:, None]
-    mean = torch.zeros(shape, dtype=torch.float64, device=wide.device).index_add_(0, index, wide) / total
-    residual = wide - mean[index] * length[:, None]
-    squares = torch.zeros_like(mean).index_add_(0, index, residual**2)
-    freedom = torch.where(number > 1, number / (number - 1), torch.nan)[:, None]
-    return mean, (freedom * squares).sqrt() / total
+
+    def __init__(self, groups: int, columns: int, device: torch.device) -> None:
+        # float64 [3, G]: units, sum t, sum t**2; and [3, G, K]: sum s, sum s**2, sum s * t.
+        self._lengths = torch.zeros(3, groups, dtype=torch.float64, device=device)
+        self._scores = torch.zeros(3, groups, columns, dtype=torch.float64, device=device)
+
+    def add(self, scores: torch.Tensor, tokens: torch.Tensor, group: torch.Tensor) -> None:
+        """Add units.
+
+        Args:
+            scores: ``[N, K]``.
+            tokens: ``[N]``, loss-counting tokens of each unit.
+            group: int64 ``[N]``, from 0; units below 0 are left out.
+        """
+        kept = (group >= 0) & (tokens > 0)
+        index, wide, length = group.clamp_min(0), scores.double() * kept[:, None], tokens.double() * kept
+        self._lengths.index_add_(1, index, torch.stack([kept.double(), length, length**2]))
+        self._scores.index_add_(1, index, torch.stack([wide, wide**2, wide * length[:, None]]))
+
+    def means(self, *, over_ranks: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means and standard errors, float64 ``[G, K]``.
+
+        Both are NaN for a group without a unit, the error also for one with a single unit.
+
+        Args:
+            over_ranks: of the units of all ranks together; then all of them must call.
+        """
+        lengths, scores = self._lengths.clone(), self._scores.clone()
+        if over_ranks:
+            sum_over_ranks(lengths)
+            sum_over_ranks(scores)
+        number, total, squared = lengths[:, :, None]
+        total = torch.where(total > 0, total, torch.nan)
+        mean = scores[0] / total
+        residuals = (scores[1] - 2 * mean * scores[2] + mean**2 * squared).clamp_min(0)
+        freedom = torch.where(number > 1, number / (number - 1), torch.nan)
+        return mean, (freedom * residuals).sqrt() / total
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The sums of this rank."""
+        return {"lengths": self._lengths, "scores": self._scores}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over :meth:`state_dict` of as many groups and columns."""
+        self._lengths.copy_(state["lengths"])
+        self._scores.copy_(state["scores"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cheapertraining.errors import UserError
-from cheapertraining.influence.aggregation import mean_by_group, unit_index
+from cheapertraining.influence.aggregation import GroupSums, unit_index
 from tests.influence.tiny_llama import random_batch
 
 
@@ -36,9 +36,19 @@ def test_row_that_goes_on_with_a_document_is_a_unit_of_its_own() -> None:
     assert units.tolist() == [[0, 0, 0], [1, 1, 2]]
 
 
+def mean_by_group(
+    scores: torch.Tensor, tokens: torch.Tensor, group: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In two parts, as a run adds them."""
+    sums = GroupSums(count, scores.shape[1], scores.device)
+    for part in (slice(0, 2), slice(2, None)):
+        sums.add(scores[part], tokens[part], group[part])
+    return sums.means()
+
+
 def test_mean_is_that_of_all_tokens_of_the_group() -> None:
-    scores = torch.tensor([[2.0, 0.0], [4.0, 1.0], [9.0, 9.0], [7.0, 7.0]])
-    mean, error = mean_by_group(scores, torch.tensor([1, 2, 3, 4]), torch.tensor([0, 0, 2, -1]), 3)
+    scores = torch.tensor([[2.0, 0.0], [4.0, 1.0], [9.0, 9.0], [7.0, 7.0], [5.0, 5.0]])
+    mean, error = mean_by_group(scores, torch.tensor([1, 2, 3, 4, 0]), torch.tensor([0, 0, 2, -1, 0]), 3)
     assert mean[0].tolist() == pytest.approx([2.0, 1 / 3])
     assert error[0].tolist() == pytest.approx([0.0, (2 * ((1 / 3) ** 2 + (1 / 3) ** 2)) ** 0.5 / 3])
     assert torch.isnan(mean[1]).all()
