@@ -11,5 +11,8 @@ and never the work done for each sample. What each of them takes for ``H`` is sa
 
 from cheapertraining.influence.preconditioners.adam import Adam
 from cheapertraining.influence.preconditioners.base import Identity, Preconditioner
+from cheapertraining.influence.preconditioners.datainf import DataInf, LayerScale
+from cheapertraining.influence.preconditioners.kronecker import EKFAC, KFAC
+from cheapertraining.influence.preconditioners.upkeep import Schedule
 
-__all__ = ["Adam", "Identity", "Preconditioner"]
+__all__ = ["EKFAC", "KFAC", "Adam", "DataInf", "Identity", "LayerScale", "Preconditioner", "Schedule"]

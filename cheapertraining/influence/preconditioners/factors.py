@@ -154,7 +154,7 @@ class Observer:
 
     Args:
         sums: that are added to.
-        shapes: of the parameters, by name.
+        vocabularies: rows of the matrices that are embeddings, by name.
         batch: that passes by.
         by: what a unit is.
         bases: by matrix, to take the squares in; none to leave squares of matrices out.
@@ -169,7 +169,7 @@ class Observer:
     def __init__(
         self,
         sums: Sums,
-        shapes: Mapping[str, torch.Size],
+        vocabularies: Mapping[str, int],
         batch: Batch,
         by: By,
         *,
@@ -179,7 +179,7 @@ class Observer:
         rows: slice = slice(None),
         scale: float = 1.0,
     ) -> None:
-        self._sums, self._shapes, self._bases, self._factors = sums, shapes, bases, factors
+        self._sums, self._vocabularies, self._bases, self._factors = sums, vocabularies, bases, factors
         self._max_dim, self._rows, self._scale = max_dim, rows, scale
         self._shape = tuple(batch["labels"].shape)
         picked = {key: batch[key][rows] for key in ("labels", "position_ids") if key in batch}
@@ -205,7 +205,7 @@ class Observer:
         """See :class:`~cheapertraining.influence.scorers.backward.Consumer`."""
         picked = [Factors(self._pick(each.left), self._pick(each.right)) for each in factors]
         if self._factors:
-            rows, columns = self._shapes[name]
+            rows, columns = self._shape_of(name, picked)
             sparse = any(each.one_hot for each in picked)
             for site, each in enumerate(picked):
                 left, right = self._kept(each.left), self._kept(each.right)
@@ -225,7 +225,7 @@ class Observer:
         self._sums.add(f"squares/{name}", gradients.square().sum(0) / self._scale**2)
 
     def _squares(self, name: str, factors: Sequence[Factors]) -> torch.Tensor:
-        basis, shape = self._bases[name], self._shapes[name]
+        basis, shape = self._bases[name], self._shape_of(name, factors)
         projected = [
             Factors(
                 each.left if each.one_hot or basis.left is None else each.left @ basis.left,
@@ -239,6 +239,10 @@ class Observer:
         for rows, block in blocks(projected, self._units, shape):
             squares[rows] += block.square_().sum(0)
         return squares
+
+    def _shape_of(self, name: str, factors: Sequence[Factors]) -> torch.Size:
+        dense = [each.left.shape[1] for each in factors if not each.one_hot]
+        return torch.Size((dense[0] if dense else self._vocabularies[name], factors[0].right.shape[1]))
 
     def _pick(self, tensor: torch.Tensor) -> torch.Tensor:
         inner = tensor.shape[1:]
