@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cheapertraining.errors import UserError
-from cheapertraining.influence.aggregation import mean_by_group
+from cheapertraining.influence.aggregation import GroupSums
 from cheapertraining.influence.store import Records, check_same
 
 __all__ = ["average", "check_finished", "source_table", "unit_tables", "write_parquet"]
@@ -56,8 +56,8 @@ def source_table(
     joined = {key: torch.from_numpy(np.concatenate([part[key] for part in kept])) for key in keys}
     source, tokens, count = joined["source"], joined["tokens"], len(sources)
     weights = tokens if by_token else (tokens > 0).long()
-    mean, error = mean_by_group(joined["values"], weights, source, count)
-    loss, _ = mean_by_group(joined["loss"][:, None], tokens, source, count)
+    mean, error = _means(joined["values"], weights, source, count)
+    loss, _ = _means(joined["loss"][:, None], tokens, source, count)
     table: dict[str, Any] = {
         "source": np.asarray(sources),
         "samples": torch.bincount(source, minlength=count).numpy(),
@@ -67,6 +67,14 @@ def source_table(
     for k, name in enumerate(columns):
         table |= {name: mean[:, k].numpy(), f"{name}_error": error[:, k].numpy()}
     return table
+
+
+def _means(
+    values: torch.Tensor, weights: torch.Tensor, source: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    sums = GroupSums(count, values.shape[1], values.device)
+    sums.add(values, weights, source)
+    return sums.means()
 
 
 def write_parquet(out: Path, tables: Iterable[Mapping[str, Any]], identity: Mapping[str, Any]) -> int:

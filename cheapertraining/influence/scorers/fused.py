@@ -94,12 +94,12 @@ class FusedScorer:
         counted[:, :-1] = batch["labels"].to(device)[:, 1:] != IGNORED
         self._taken.append((consumer, units.sum_counts(counted)))
 
-    def collect(self, loss_scale: float = 1.0) -> SampleScores:
+    def collect(self, loss_scale: float | torch.Tensor = 1.0) -> SampleScores:
         """Scores of all microbatches since the last call, in their order; what is not finite comes as it is.
 
         Args:
-            loss_scale: the factor with which a unit's summed loss entered backward, such as 1 over the batch's
-                loss-counting tokens (and times a gradient scaler's scale).
+            loss_scale: the factor (a number, or a scalar on the device) with which a unit's summed loss entered
+                backward, such as 1 over the batch's loss-counting tokens (and times a gradient scaler's scale).
 
         Raises:
             UserError: there was none.
@@ -115,7 +115,7 @@ class FusedScorer:
             norms = torch.cat([_squares(c) / loss_scale**2 for c, _ in taken if isinstance(c, Moments)])
         return SampleScores(scores, tokens, losses, norms)
 
-    def _scores(self, consumer: Products | Moments, loss_scale: float) -> torch.Tensor:
+    def _scores(self, consumer: Products | Moments, loss_scale: float | torch.Tensor) -> torch.Tensor:
         if isinstance(consumer, Products):
             return consumer.scores / loss_scale
         total = torch.zeros((), dtype=torch.float64)

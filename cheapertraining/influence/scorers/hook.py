@@ -37,7 +37,9 @@ Batch = Mapping[str, torch.Tensor]
 Parameters = Mapping[str, nn.Parameter]
 
 
-def hook_scores(model: nn.Module, directions: Directions, batch: Batch, *, by: By = "sample") -> SampleScores:
+def hook_scores(
+    model: nn.Module, directions: Directions, batch: Batch, *, by: By = "sample", norms: bool = False
+) -> SampleScores:
     """Products of each unit's gradient with directions.
 
     Args:
@@ -45,6 +47,7 @@ def hook_scores(model: nn.Module, directions: Directions, batch: Batch, *, by: B
         directions: of any of its parameters; layers that none is given for are not touched.
         batch: ``input_ids``, ``labels`` and, for packed rows, ``position_ids``, on the model's device.
         by: what a unit is.
+        norms: squared norms of the units' gradients as well, over the same parameters.
 
     Raises:
         UserError: a compiled model, layers of an unknown kind, tokens outside the vocabulary, gradients that are not
@@ -52,6 +55,14 @@ def hook_scores(model: nn.Module, directions: Directions, batch: Batch, *, by: B
     """
     parameters = named_parameters(model, directions.tensors)
     units = _units(batch, by, parameters)
+    if norms:
+        moments = Moments(directions.tensors, gram=False)
+        found = run_pass(model, parameters, batch, units, moments)
+        each = moments.found.values()
+        scores = torch.stack([moment.products.double() for moment in each]).sum(0)
+        squares = torch.stack([moment.gram.double() for moment in each]).sum(0)
+        _check_finite(squares, found)
+        return SampleScores(scores, found.tokens, found.losses, squares)
     consumer = Products(directions.tensors, units)
     found = run_pass(model, parameters, batch, units, consumer)
     _check_finite(consumer.scores, found)
