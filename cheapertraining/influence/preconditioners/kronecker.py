@@ -175,7 +175,7 @@ class KFAC:
             return list(batches)
         rank, world = rank_and_world()
         generator = torch.Generator(batches[0]["labels"].device).manual_seed(self.seed * world + rank)
-        return [{**batch, "labels": sampled_labels(model, batch, generator)} for batch in batches]
+        return [{**batch, "labels": sampled_labels(_inner(model), batch, generator)} for batch in batches]
 
     def _summed(self, model: nn.Module, batches: Sequence[Batch], bases: Mapping[str, Basis], *, factors: bool) -> Sums:
         """Means over the ranks of the sums over these batches."""
