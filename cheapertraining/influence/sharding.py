@@ -67,6 +67,8 @@ def reshard(model: nn.Module) -> None:
     for module in _fsdp2_modules(model):
         module.reshard()
     for handle in _handles(model):
+        if not hasattr(handle.flat_param, "_local_shard"):
+            continue  # Before the first pass nothing is gathered.
         handle.reshard(handle.uses_sharded_strategy)
         handle.post_reshard()
         handle._prefetched = False
@@ -195,8 +197,9 @@ def gradient_scale(model: nn.Module) -> float:
     from torch.distributed.fsdp import fully_shard
 
     group: Any = groups[0]
-    mesh, device = group.mesh_info.mesh, group.device
-    known = _Sum(mesh.shape[-1], device)
+    mesh = group.mesh_info.mesh
+    # Of the model's dtype: torch reduces float64 in another way than float32.
+    known = _Sum(torch.ones(mesh.shape[-1], dtype=group.fsdp_params[0].sharded_param.dtype, device=group.device))
     fully_shard(known, mesh=mesh, mp_policy=group.mp_policy)
     state: Any = known._get_fsdp_state()  # type: ignore[operator]  # comes with fully_shard
     for setting in _REDUCTION:
@@ -209,9 +212,9 @@ def gradient_scale(model: nn.Module) -> float:
 
 
 class _Sum(nn.Module):
-    def __init__(self, count: int, device: torch.device) -> None:
+    def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(count, device=device))
+        self.weight = nn.Parameter(weight)
 
     def forward(self) -> torch.Tensor:
         return self.weight.float().sum()

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cheapertraining.errors import UserError
-from cheapertraining.influence.aggregation import mean_by_group
+from cheapertraining.influence.aggregation import GroupSums
 from cheapertraining.influence.losses import IGNORED
 from cheapertraining.influence.parameters import Directions, select_parameters
 from cheapertraining.influence.ranks import check_equal_counts, rank_and_world, sum_over_ranks
@@ -138,16 +138,17 @@ class MicrobatchScorer:
         return self._by_source(sources, sums, tokens)
 
     def _by_source(self, sources: torch.Tensor, sums: torch.Tensor, tokens: torch.Tensor) -> MicrobatchScores:
-        groups = len(self.sources)
-        kept = torch.where(tokens > 0, sources, -1)  # A microbatch that only fills up tells nothing of the spread.
-        means, errors = mean_by_group(sums, tokens.long(), kept, groups)
-        lengths = torch.zeros(groups, dtype=torch.int64, device=tokens.device).index_add_(0, sources, tokens.long())
+        groups, columns = len(self.sources), sums.shape[1]
+        spread = GroupSums(groups, columns, sums.device)
+        spread.add(sums, tokens, sources)
+        means, errors = spread.means()
+        lengths = torch.zeros(groups, dtype=torch.int64, device=sums.device)
         return MicrobatchScores(
             sources=self.sources,
             directions=self._directions.names,
-            sums=sums.new_zeros(groups, sums.shape[1]).index_add_(0, sources, sums),
-            tokens=lengths,
-            microbatches=torch.bincount(kept[kept >= 0], minlength=groups),
+            sums=sums.new_zeros(groups, columns).index_add_(0, sources, sums),
+            tokens=lengths.index_add(0, sources, tokens.long()),
+            microbatches=lengths.index_add(0, sources, (tokens > 0).long()),
             means=means,
             errors=errors,
         )

@@ -1,0 +1,169 @@
+"""What ``test_sharded.py`` computes on one rank of several, and alone; ranks are processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn.parallel import DistributedDataParallel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from cheapertraining.errors import UserError
+from cheapertraining.influence import LookAheadEstimator, ProbeBank, forward_scores
+from cheapertraining.influence.model_access import sample_losses, unwrap
+from cheapertraining.influence.parameters import Directions, select_parameters
+from cheapertraining.influence.scorers.microbatch import MicrobatchScorer, source_microbatches
+from cheapertraining.influence.sharding import Shards, gradient_scale, local
+from tests.influence.tiny_llama import Batch, Sources, probe_loader, random_batch, tiny_llama
+
+CASES = {
+    "ddp": torch.float64,
+    "fsdp": torch.float64,
+    "fsdp2": torch.float64,
+    "fsdp in float32": torch.float32,
+    "fsdp2 in float32": torch.float32,
+}
+SOURCES = ("a", "b", "c")
+
+
+def wrapped(case: str) -> nn.Module:
+    model = tiny_llama(dtype=CASES[case])
+    kind = case.split()[0]
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    if kind == "fsdp":
+        policy = ModuleWrapPolicy({LlamaDecoderLayer})
+        cpu = torch.device("cpu")
+        return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=cpu)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def rows_of(rank: int, world: int) -> Batch:
+    """This rank's share of twelve rows; the sources' rows do not divide evenly."""
+    batch = {**random_batch(12, 8), "source": torch.tensor([0, 1, 0, 2, 0, 1, 0, 0, 1, 0, 0, 0])}
+    return {name: value[rank::world] for name, value in batch.items()}
+
+
+def gathered(model: nn.Module, directions: Directions) -> dict[str, torch.Tensor]:
+    shards = Shards(model, select_parameters(model))
+    return {name: shards.gather(name, part).clone() for name, part in directions.tensors.items()}
+
+
+def accumulated(model: nn.Module, directions: Directions, batch: Batch) -> dict[str, torch.Tensor]:
+    scorer = MicrobatchScorer(model, directions, SOURCES)
+    parts = source_microbatches(batch, 2)
+    scorer.begin()
+    for number, part in enumerate(parts):
+        put_off = isinstance(model, DistributedDataParallel) and number + 1 < len(parts)
+        with model.no_sync() if put_off else contextlib.nullcontext():
+            sums, tokens = sample_losses(model, part)
+            (sums.sum() / 300).backward()
+            scorer.mark(int(part["source"][0]), tokens.sum(), 1 / 300)
+    found = scorer.collect()
+    return {"sums": found.sums, "tokens": found.tokens, "means": found.means}
+
+
+def results(model: nn.Module, rank: int, world: int) -> dict[str, Any]:
+    """Everything there is to compare; scores of this rank's own rows."""
+    model.eval()
+    parameters, batch = select_parameters(model), rows_of(rank, world)
+    bank = ProbeBank({"p": probe_loader(), "q": probe_loader(seed=7)}, samples=5, refresh_every=2)
+    directions, losses = bank.current(model, 3, parameters, microbatch_size=2)
+    look = LookAheadEstimator(Sources(), {"p": probe_loader()}, probe_samples=5, source_samples=3)
+    found = {
+        "directions": gathered(model, directions),
+        "state": bank.state_dict()["tensors"],
+        "losses": torch.tensor([losses[name].mean for name in ("p", "q")]),
+        "difference": forward_scores(model, directions, batch).scores,
+        "documents": forward_scores(model, directions, batch, method="central", by="document").scores,
+        "look-ahead": torch.from_numpy(look.measure(model, update_index=2, microbatch_size=2).scores),
+        "microbatch": accumulated(model, directions, batch),
+        **watched(model, directions, batch),
+    }
+    again = ProbeBank({"p": probe_loader(), "q": probe_loader(seed=7)}, samples=5, refresh_every=2)
+    again.load_state_dict(bank.state_dict())
+    resumed, _ = again.current(model, 4, parameters)
+    assert all(torch.equal(part, directions.tensors[name]) for name, part in resumed.tensors.items())
+    return found
+
+
+def watched(model: nn.Module, directions: Directions, batch: Batch) -> dict[str, torch.Tensor]:
+    return {}
+
+
+def leaves_no_trace(model: nn.Module) -> None:
+    """Gradients, and what hangs on them, are as before: a step half accumulated goes on as if nothing had been."""
+    parameters, calls = select_parameters(model.eval()), []
+    for parameter in parameters.values():
+        parameter.register_post_accumulate_grad_hook(calls.append)
+    sample_losses(model, random_batch(2, 1))[0].sum().backward()
+    fired = len(calls)
+    before = {name: None if p.grad is None else local(p.grad).clone() for name, p in parameters.items()}
+    weights = {name: local(p).clone() for name, p in parameters.items()}
+    directions, _ = ProbeBank({"p": probe_loader()}).directions(model, 0, parameters)
+    forward_scores(model, directions, random_batch(2, 1))
+    assert len(calls) == fired
+    for name, parameter in select_parameters(model).items():
+        assert parameter is parameters[name]
+        assert torch.equal(local(parameter), weights[name])
+        assert (parameter.grad is None) == (before[name] is None)
+        if parameter.grad is not None:
+            assert torch.equal(local(parameter.grad), before[name])
+    sample_losses(model, random_batch(2, 1))[0].sum().backward()
+    for name, parameter in parameters.items():
+        if before[name] is not None:
+            torch.testing.assert_close(local(parameter.grad), 2 * before[name])
+
+
+def refusals(model: nn.Module, rank: int) -> dict[str, str]:
+    """Each is to end on all ranks with the same words, and not to hang."""
+    found = {}
+    parameters = select_parameters(model)
+    directions, _ = ProbeBank({"p": probe_loader()}, samples=2).directions(model, 0, parameters)
+
+    def marks(sources: list[int]) -> None:
+        scorer = MicrobatchScorer(model, directions, SOURCES)
+        scorer.begin()
+        for source in sources:
+            scorer.mark(source, 1)
+        scorer.collect()
+
+    attempts = {
+        "window": lambda: ProbeBank({"p": probe_loader(3 + rank)}).directions(model, 0, parameters),
+        "passes": lambda: ProbeBank({"p": probe_loader()}).directions(model, 0, parameters, 1 + rank),
+        "marks": lambda: marks([0] * (1 + rank)),
+        "sources": lambda: marks([0, rank]),
+        "jvp": lambda: forward_scores(model, directions, random_batch(1, 0), method="jvp"),
+    }
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except UserError as error:
+            found[name] = str(error)
+    return found
+
+
+def run(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    found: dict[str, Any] = {}
+    for case in CASES:
+        found[case] = results(wrapped(case), rank, world)
+        leaves_no_trace(wrapped(case))
+        found[case]["scale"] = gradient_scale(wrapped(case))
+    found["refusals"] = {case: refusals(wrapped(case), rank) for case in ("ddp", "fsdp", "fsdp2")}
+    found["unwrap"] = unwrap(wrapped("fsdp2")) is not None
+    torch.save(found, Path(folder) / f"rank{rank}.pt")
+    dist.barrier()
+    # Not by way of the destructors: torch's reducer may wait there, holding the interpreter's lock, for a thread of
+    # gloo that needs it.
+    os._exit(0)
