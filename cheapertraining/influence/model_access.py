@@ -139,13 +139,15 @@ def check_vocabulary(model: nn.Module, batch: Mapping[str, torch.Tensor], what: 
 
 
 def _bare(model: nn.Module) -> nn.Module:
-    """The module that wrappers at the top (FSDP1, compile) hand their inputs to."""
+    """The module that wrappers at the top (FSDP1, compile, LoRA) hand their inputs to."""
     while True:  # One wrapper off at each turn.
         kinds = {kind.__name__ for kind in type(model).__mro__}
         if "FullyShardedDataParallel" in kinds or isinstance(model, DistributedDataParallel):
             model = model.module  # type: ignore[assignment]
         elif "OptimizedModule" in kinds:
             model = model._orig_mod  # type: ignore[assignment]
+        elif "PeftModel" in kinds:
+            model = model.get_base_model()  # type: ignore[operator]
         else:
             return model
 
