@@ -23,6 +23,7 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
 
 from cheapertraining.config import (
+    InfluenceScoresConfig,
     OnlineMixingConfig,
     OptimizerConfig,
     RunConfig,
@@ -34,6 +35,7 @@ from cheapertraining.config import (
 from cheapertraining.data import Batch, MixtureLoader, TokenizerWrapper, get_loader
 from cheapertraining.errors import UserError
 from cheapertraining.influence import LookAheadEstimator
+from cheapertraining.influence.algorithm import InfluenceScores
 from cheapertraining.mixing import (
     Constraints,
     InfluenceStrategy,
@@ -258,7 +260,22 @@ def build_algorithms(config: RunConfig, loader: MixtureLoader, folder: Path) -> 
         algorithms.append(GradientClipping(clipping_type="norm", clipping_threshold=clipping.threshold))
     if (mixing := config.algorithms.online_mixing) is not None:
         algorithms.append(build_online_mixing(config, mixing, loader, folder))
+    if (scores := config.algorithms.influence_scores) is not None:
+        algorithms.append(build_influence_scores(scores, loader))
     return algorithms
+
+
+def build_influence_scores(config: InfluenceScoresConfig, loader: MixtureLoader) -> InfluenceScores:
+    """The algorithm that scores what is trained on."""
+    return InfluenceScores(
+        loader.probes,
+        loader.mixture.source_names,
+        config.estimator,
+        layers=config.layers,
+        probe_samples=config.probe_samples,
+        refresh_every=int(split_duration(config.refresh)[0]),
+        log_interval=int(split_duration(config.log_interval)[0]),
+    )
 
 
 def build_callbacks(config: RunConfig, loader: MixtureLoader, folder: Path, device: Device) -> list[Callback]:

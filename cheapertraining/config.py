@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DataConfig",
+    "InfluenceScoresConfig",
     "ModelConfig",
     "OnlineMixingConfig",
     "RunConfig",
@@ -266,9 +267,24 @@ class OnlineMixingConfig:
 
 
 @dataclass
+class InfluenceScoresConfig:
+    """Scores every training sample against the probes within the training pass, and logs means by source."""
+
+    estimator: Literal["dot", "adam", "datainf", "ekfac"] = "adam"
+    layers: str | list[str] = "all"
+    """``all``, ``embedding_and_output``, ``last_<k>`` (decoder blocks), or glob patterns of parameter names."""
+    probe_samples: Count = 16
+    """Samples of each probe in a direction."""
+    refresh: Annotated[str, duration("ba")] = "25ba"
+    """Batches that a direction serves before it is made anew."""
+    log_interval: Annotated[str, duration("ba")] = "10ba"
+
+
+@dataclass
 class AlgorithmsConfig:
     gradient_clipping: GradientClippingConfig | None = None
     online_mixing: OnlineMixingConfig | None = None
+    influence_scores: InfluenceScoresConfig | None = None
 
 
 # ---- callbacks, loggers ------------------------------------------------------------------------------------
@@ -626,6 +642,8 @@ def _problems_between_parts(config: RunConfig) -> Problems:
         problems.append(("run_name", "autoresume needs one, to find the run's checkpoints at the next start."))
     if mixing is not None and mixing.strategy == "influence" and not config.data.probes:
         problems.append(("data.probes", "strategy 'influence' steers towards probes: name at least one."))
+    if config.algorithms.influence_scores is not None and not config.data.probes:
+        problems.append(("data.probes", "influence_scores are towards probes: name at least one."))
     if mixing is not None and mixing.strategy == "schedule":
         problems.extend(_schedule_problems(mixing.schedule, config.data))
     return problems

@@ -1,6 +1,6 @@
 """Influence of what a Composer trainer trains on, while it trains: scores fall out of the backward pass.
 
-    Trainer(..., algorithms=[InfluenceScores(calculator, loader.mixture.source_names)])
+    Trainer(..., algorithms=[InfluenceScores(loader.probes, loader.mixture.source_names)])
 
 Every sample of every batch is scored against the probes; the means by source and their standard errors are logged.
 Nothing of the training changes: gradients, losses and random numbers are those without it.
@@ -17,16 +17,20 @@ import torch
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
+from torch.utils.data import DataLoader
 
 from cheapertraining.errors import UserError
 from cheapertraining.influence.aggregation import GroupSums
 from cheapertraining.influence.calculator import InfluenceCalculator
-from cheapertraining.influence.parameters import Directions
+from cheapertraining.influence.losses import IGNORED
+from cheapertraining.influence.parameters import Directions, Layers
+from cheapertraining.influence.preconditioners import EKFAC
+from cheapertraining.influence.probes import ProbeBank
 from cheapertraining.influence.scorers.fused import FusedScorer
 
 __all__ = ["FUSED_ESTIMATORS", "InfluenceScores"]
 
-FUSED_ESTIMATORS = ("dot", "adam", "datainf")
+FUSED_ESTIMATORS = ("dot", "adam", "datainf", "ekfac")
 """Estimators that need nothing but what the training backward shows."""
 _DATAINF_SCALE = 0.1
 _STATE_VERSION = 1
@@ -42,35 +46,52 @@ class InfluenceScores(Algorithm):
     entered its step and times the learning rate (TracIn, 2002.08484, over every step instead of checkpoints). At each
     refresh ``influence/probe_loss/<probe>``.
 
-    ``datainf`` takes each microbatch as its own Fisher set. Composer saves the state of rank 0 alone, which after a
-    resume therefore has lost what the other ranks had added to the totals since the last log.
+    ``datainf`` takes each microbatch as its own Fisher set; ``ekfac`` keeps its factors up on every 16th batch, which
+    it looks at for that and does not score. It and ``adam`` begin with the second batch. Composer saves the state
+    of rank 0 alone, which after a resume therefore has lost what the other ranks had added to the totals since the
+    last log.
 
     Args:
-        calculator: by samples, its estimator one of :data:`FUSED_ESTIMATORS`; its ``refresh_every`` says how many
-            batches directions serve.
+        probes: a finite loader for each.
         source_names: what the batches' ``source`` int64 ``[B]`` counts in.
+        estimator: one of :data:`FUSED_ESTIMATORS`.
+        layers: which parameters count, see :data:`~cheapertraining.influence.parameters.Layers`.
+        probe_samples: of each probe in a direction.
+        refresh_every: batches that directions serve.
         log_interval: batches between two logs.
 
     Raises:
-        UserError: another estimator, or scores by document.
+        UserError: another estimator, bad probes; when training starts, layers that match nothing, a compiled model.
     """
 
-    def __init__(self, calculator: InfluenceCalculator, source_names: Sequence[str], log_interval: int = 10) -> None:
-        if calculator.estimator not in FUSED_ESTIMATORS or calculator.by != "sample":
+    def __init__(
+        self,
+        probes: Mapping[str, DataLoader[Any]],
+        source_names: Sequence[str],
+        estimator: str = "adam",
+        *,
+        layers: Layers = "all",
+        probe_samples: int = 16,
+        refresh_every: int = 25,
+        log_interval: int = 10,
+    ) -> None:
+        if estimator not in FUSED_ESTIMATORS:
             raise UserError(
-                f"algorithms.influence_scores.estimator: expected one of {', '.join(FUSED_ESTIMATORS)} by sample, "
-                f"found '{calculator.estimator}' by {calculator.by}. What needs more than the training pass, "
-                "tools/score_influence.py gives."
+                f"algorithms.influence_scores.estimator: expected one of {', '.join(FUSED_ESTIMATORS)}, found "
+                f"'{estimator}'. What needs more than the training pass, tools/score_influence.py gives."
             )
-        self.calculator = calculator
+        ProbeBank(probes, samples=probe_samples, refresh_every=refresh_every)  # what is wrong with them is said now
+        self.estimator = estimator
         self.sources = tuple(source_names)
         self.log_interval = log_interval
-        device = next(iter(calculator.parameters.values())).device
-        shape = len(self.sources), len(calculator.columns)
-        self._window = GroupSums(*shape, device)
-        # float64 [G, K]: of all ranks up to the last log; of this rank since.
-        self._total = torch.zeros(shape, dtype=torch.float64, device=device)
-        self._recent = torch.zeros_like(self._total)
+        self._probes = dict(probes)
+        self._options: dict[str, Any] = {
+            "layers": layers,
+            "probe_samples": probe_samples,
+            "refresh_every": refresh_every,
+        }
+        self._calculator: InfluenceCalculator | None = None
+        self._restored: Mapping[str, Any] | None = None
         self._directions: Directions | None = None
         self._scorer: FusedScorer | None = None
         self._armed: contextlib.ExitStack | None = None
@@ -78,11 +99,12 @@ class InfluenceScores(Algorithm):
 
     def __repr__(self) -> str:
         # Composer saves it; without an address it is the same on every rank and in every run.
-        return f"{type(self).__name__}({self.calculator.estimator})"
+        return f"{type(self).__name__}({self.estimator})"
 
     def match(self, event: Event, state: State) -> bool:
         del state
         return event in (
+            Event.FIT_START,
             Event.BATCH_START,
             Event.BEFORE_FORWARD,
             Event.AFTER_LOSS,
@@ -91,7 +113,10 @@ class InfluenceScores(Algorithm):
         )
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        if event == Event.BATCH_START:
+        if event == Event.FIT_START:
+            self._begin(state)
+        elif event == Event.BATCH_START:
+            self._tokens = int((state.batch["labels"][:, 1:] != IGNORED).sum())
             self._refresh(state, logger)
         elif event == Event.BEFORE_FORWARD:
             self._arm(state)
@@ -104,40 +129,60 @@ class InfluenceScores(Algorithm):
             self._log(logger)
 
     def state_dict(self) -> dict[str, Any]:
-        bank = self.calculator.bank
+        if self._calculator is None:  # before training
+            return {**super().state_dict(), "version": _STATE_VERSION}
+        curvature = self._calculator.preconditioner
         return {
             **super().state_dict(),
             "version": _STATE_VERSION,
             "sources": list(self.sources),
-            "columns": list(self.calculator.columns),
+            "probes": list(self._probes),
             "window": self._window.state_dict(),
             "total": self._total,
             "recent": self._recent,
-            "probes": None if bank is None else bank.state_dict(),
+            "directions": self._calculator.state_dict(),
+            "curvature": curvature.state_dict() if isinstance(curvature, EKFAC) else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = False) -> None:
         """Go on as :meth:`state_dict` left off; with other sources or probes, begin anew."""
         del strict
-        if state["sources"] != list(self.sources) or state["columns"] != list(self.calculator.columns):
-            return
-        if dist.get_global_rank() == 0:
-            self._window.load_state_dict(state["window"])
-            self._recent.copy_(state["recent"])
-        self._total.copy_(state["total"])
-        if self.calculator.bank is not None:
-            self.calculator.bank.load_state_dict(state["probes"])
+        same = state.get("sources") == list(self.sources) and state.get("probes") == list(self._probes)
+        self._restored = state if same else None
+
+    def _begin(self, state: State) -> None:
+        """Parameters are only now what they will be trained as (sharded, perhaps)."""
+        optimizer = state.optimizers[0]
+        # DataInf's correction comes from the microbatch at hand, not from a preconditioner of the directions.
+        estimator = "dot" if self.estimator == "datainf" else self.estimator
+        calculator = InfluenceCalculator(state.model, self._probes, estimator, optimizer=optimizer, **self._options)
+        device = next(iter(calculator.parameters.values())).device
+        shape = len(self.sources), len(self._probes)
+        self._calculator = calculator
+        self._window = GroupSums(*shape, device)
+        # float64 [G, K]: of all ranks up to the last log; of this rank since.
+        self._total = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._recent = torch.zeros_like(self._total)
+        if (restored := self._restored) is not None:
+            calculator.load_state_dict(restored["directions"])
+            self._total.copy_(restored["total"])
+            if isinstance(calculator.preconditioner, EKFAC) and restored["curvature"] is not None:
+                calculator.preconditioner.load_state_dict(restored["curvature"], state.model)
+            if dist.get_global_rank() == 0:
+                self._window.load_state_dict(restored["window"])
+                self._recent.copy_(restored["recent"])
 
     def _refresh(self, state: State, logger: Logger) -> None:
         """Make directions where they are due, and a scorer for them."""
-        calculator, step = self.calculator, int(state.timestamp.batch)
-        if calculator.estimator == "adam" and step == 0:
-            return  # There are no moments yet.
+        calculator, step = self._calculator, int(state.timestamp.batch)
+        assert calculator is not None
+        if self.estimator in ("adam", "ekfac") and step == 0:
+            return  # There are no moments, and no factors.
         size = state.device_train_microbatch_size
         directions = calculator.refresh(step, size if isinstance(size, int) else None)
         if directions is self._directions:
             return
-        scale = _DATAINF_SCALE if calculator.estimator == "datainf" else None
+        scale = _DATAINF_SCALE if self.estimator == "datainf" else None
         self._directions, self._scorer = directions, FusedScorer(state.model, directions, datainf=scale)
         losses = calculator.probe_losses
         logger.log_metrics({f"influence/probe_loss/{name}": found.mean for name, found in losses.items()})
@@ -149,15 +194,21 @@ class InfluenceScores(Algorithm):
             self._armed.__exit__(RuntimeError, failed, None)
         self._factors.clear()
         self._armed = contextlib.ExitStack()
-        if self._scorer is not None:
+        assert self._calculator is not None
+        curvature = self._calculator.preconditioner
+        if self._observes(state) and isinstance(curvature, EKFAC):
+            scale = 1.0 / max(1, self._tokens)
+            self._armed.enter_context(curvature.observing(state.model, state.batch, loss_scale=scale))
+        elif self._scorer is not None:
             self._armed.enter_context(self._scorer.armed(state.batch))
 
     def _read(self, state: State) -> None:
         """Add the scores of a microbatch to its sources'."""
-        if self._armed is None or self._scorer is None:
+        if self._armed is not None:
+            self._armed.close()
+            self._armed = None
+        if self._scorer is None or self._observes(state):
             return
-        self._armed.close()
-        self._armed = None
         outputs: Any = state.outputs
         tokens = outputs["sample_tokens"].sum().clamp_min(1)
         # The gradient of the mean loss is the factor with which the trainer lets this microbatch into the step.
@@ -168,6 +219,11 @@ class InfluenceScores(Algorithm):
         scaler = 1.0 if state.scaler is None or not state.scaler.is_enabled() else state.scaler.get_scale()
         step = float(state.optimizers[0].param_groups[0]["lr"]) / (scaler * dist.get_world_size())
         self._recent.index_add_(0, source, found.scores.double() * factor * step)
+
+    def _observes(self, state: State) -> bool:
+        """Whether this batch is one that a curvature is measured on."""
+        curvature = self._calculator and self._calculator.preconditioner
+        return isinstance(curvature, EKFAC) and curvature.wants(int(state.timestamp.batch))
 
     def _log(self, logger: Logger) -> None:
         """Log by source what has come since the last log, over all ranks, and forget it."""
@@ -184,7 +240,7 @@ class InfluenceScores(Algorithm):
                 f"influence/{what}/{column}/{source}": float(table[row, place])
                 for what, table in ((what, table.cpu()) for what, table in values.items())
                 for row, source in enumerate(self.sources)
-                for place, column in enumerate(self.calculator.columns)
+                for place, column in enumerate(self._probes)
                 if not math.isnan(float(table[row, place]))
             }
         )

@@ -41,7 +41,7 @@ from cheapertraining.influence.probes import ProbeBank, ProbeLosses
 from cheapertraining.influence.scorers import SampleScores
 from cheapertraining.influence.scorers.forward import forward_scores
 from cheapertraining.influence.scorers.hook import hook_scores
-from cheapertraining.influence.sharding import Shards, local
+from cheapertraining.influence.sharding import Shards
 
 __all__ = ["ESTIMATORS", "FITTED", "DataInfCalculator", "InfluenceCalculator", "make_preconditioner", "unit_length"]
 
@@ -168,6 +168,7 @@ class InfluenceCalculator:
         # The probes' gradients, and what the preconditioner made of them.
         self._gradients: Directions | None = None
         self._directions: Directions | None = None
+        self._restored: Mapping[str, Any] | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -202,12 +203,40 @@ class InfluenceCalculator:
         if self.bank is None:
             raise UserError("estimator 'self' scores each sample against itself: there are no directions to refresh.")
         found, self.probe_losses = self.bank.current(self.model, step, self.parameters, microbatch_size)
+        restored, self._restored = self._restored, None
         if self._directions is None or found is not self._gradients:
-            directions = self.preconditioner.apply(found)
-            if self.estimator == "cosine":
-                directions = unit_length(directions, Shards(self.model, self.parameters))
+            shards = Shards(self.model, self.parameters)
+            if restored is not None and restored["made_at"] == self.bank.made_at:
+                placed = {name: tensor.to(found.tensors[name].device) for name, tensor in restored["tensors"].items()}
+                directions = Directions(found.names, {name: shards.scatter(name, t) for name, t in placed.items()})
+            else:
+                directions = self.preconditioner.apply(found)
+                if self.estimator == "cosine":
+                    directions = unit_length(directions, shards)
             self._gradients, self._directions = found, directions
         return self._directions
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next :meth:`refresh` of a resumed run goes on from: the probes' directions and, where a
+        preconditioner has changed them, what it made of them. A collective call; tensors are whole and on the CPU.
+
+        A curvature that was fitted is not in it: fit again, or save the preconditioner's own state.
+        """
+        if self.bank is None:
+            return {"bank": None, "made": None}
+        made = None
+        if self._directions is not None and self.bank.refresh_every > 1 and self.estimator != "dot":
+            shards = Shards(self.model, self.parameters)
+            tensors = {name: shards.gather(name, part).cpu() for name, part in self._directions.tensors.items()}
+            made = {"made_at": self.bank.made_at, "tensors": tensors}
+        return {"bank": self.bank.state_dict(), "made": made}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over :meth:`state_dict`."""
+        if self.bank is not None and state["bank"] is not None:
+            self.bank.load_state_dict(state["bank"])
+            self._restored = state["made"]
+            self._gradients = self._directions = None
 
     def score(self, batch: Batch) -> SampleScores:
         """Scores of the batch's units, ``[N, K]``; positive helps.
@@ -221,7 +250,7 @@ class InfluenceCalculator:
         device = next(iter(self.parameters.values())).device
         placed = to_device(batch, device)
         if self.bank is None:
-            nowhere = zeros_like({name: local(p) for name, p in self.parameters.items()}, ())
+            nowhere = zeros_like(self.parameters, ())
             found = hook_scores(self.model, nowhere, placed, by=self.by, norms=True)
             assert found.squared_norms is not None
             return replace(found, scores=found.squared_norms[:, None])

@@ -162,6 +162,11 @@ class ProbeBank:
             cached = self._cache = _Cached(step, *made, Shards(model, parameters))
         return cached.directions, cached.losses
 
+    @property
+    def made_at(self) -> int | None:
+        """The step that the directions of :meth:`current` were made at; None: there are none."""
+        return None if self._cache is None else self._cache.step
+
     def state_dict(self) -> dict[str, Any]:
         """The directions at hand, the losses, and the step of both: a resumed run goes on with them, bit for bit.
 
