@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from cheapertraining.errors import UserError, nearest
+from cheapertraining.influence.calculator import ESTIMATORS as IN_MEMORY
+from cheapertraining.influence.calculator import FITTED
 from cheapertraining.influence.offline.rows import ShardSet
 from cheapertraining.influence.parameters import Layers
 
@@ -18,15 +20,13 @@ __all__ = ["ESTIMATORS", "LoadModel", "LoadedModel", "ScoringJob", "check_model"
 
 By = Literal["sample", "document", "source"]
 
-FITTED = ("datainf", "layer_scale", "kfac", "ekfac")
-"""Estimators with a preconditioner that is fitted on some of the shards' rows."""
 STORED = {"logra": "influence", "logra_dot": "dot", "logra_cosine": "cosine", "logra_self": "self"}
 """Estimators over projected gradients, and what they ask of the store."""
 PROBELESS = ("self", "logra_self")
-ESTIMATORS = ("dot", "cosine", "adam", *FITTED, "self", *STORED)
+ESTIMATORS = (*IN_MEMORY, *STORED)
 SCORERS = ("hook", "forward")
 BYS = ("sample", "document", "source")
-_FORWARD = ("dot", "adam", *FITTED)
+_FORWARD = tuple(name for name in IN_MEMORY if name not in ("cosine", "self"))
 RESERVED = ("source", "sample_id", "document", "tokens", "loss", "samples")
 
 

@@ -51,18 +51,21 @@ def source_table(
         columns: names of the scores.
         by_token: token-weighted means, of scores that belong to summed losses; otherwise means over samples.
     """
-    keys = ("source", "tokens", "loss", "values")
-    kept = [{key: np.array(records[key]) for key in keys} for records in parts]
-    joined = {key: torch.from_numpy(np.concatenate([part[key] for part in kept])) for key in keys}
-    source, tokens, count = joined["source"], joined["tokens"], len(sources)
-    weights = tokens if by_token else (tokens > 0).long()
-    mean, error = _means(joined["values"], weights, source, count)
-    loss, _ = _means(joined["loss"][:, None], tokens, source, count)
+    count = len(sources)
+    sums = GroupSums(count, len(columns), torch.device("cpu"))
+    totals = {name: np.zeros(count) for name in ("samples", "tokens", "loss")}
+    for records in parts:
+        source, tokens = np.array(records["source"]), np.array(records["tokens"])
+        weights = tokens if by_token else (tokens > 0).astype(np.int64)
+        sums.add(*(torch.from_numpy(np.array(each)) for each in (records["values"], weights, source)))
+        for name, values in (("samples", None), ("tokens", tokens), ("loss", records["loss"])):
+            totals[name] += np.bincount(source, values, minlength=count)
+    mean, error = sums.means()
     table: dict[str, Any] = {
         "source": np.asarray(sources),
-        "samples": torch.bincount(source, minlength=count).numpy(),
-        "tokens": torch.zeros(count, dtype=torch.int64).index_add_(0, source, tokens).numpy(),
-        "loss": loss[:, 0].numpy(),
+        "samples": totals["samples"].astype(np.int64),
+        "tokens": totals["tokens"].astype(np.int64),
+        "loss": totals["loss"] / np.where(totals["tokens"] > 0, totals["tokens"], np.nan),
     }
     for k, name in enumerate(columns):
         table |= {name: mean[:, k].numpy(), f"{name}_error": error[:, k].numpy()}

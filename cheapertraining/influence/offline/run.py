@@ -159,7 +159,9 @@ class _Progress:
         self.done = 0
 
     def advance(self, rows: int) -> None:
-        """Count rows that this run passed over."""
+        """Count rows that this run passed over; the first ones start the clock, loading models is not their cost."""
+        if not self.done:
+            self._bar.unpause()
         self.done += rows
         self._bar.update(rows)
 
