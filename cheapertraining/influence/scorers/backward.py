@@ -56,6 +56,9 @@ class Watch:
         units: of the batch.
         anchor: a scalar that requires grad, for passes in which no parameter does: it makes autograd go to every
             site. None in a training step.
+
+    Attributes:
+        reached: whether a backward pass has come by.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Watch:
         self._factors: dict[str, list[Factors]] = {}
         self._vectors: dict[str, list[torch.Tensor]] = {}
         self._done: set[str] = set()
+        self.reached = False
 
     def merges(self, name: str) -> bool:
         """Whether the gradient of ``name`` for the optimizer is to be made from those of the units."""
@@ -77,6 +81,7 @@ class Watch:
 
     def matrix(self, name: str, factors: Factors, gradient: torch.Tensor | None = None) -> None:
         """A site has the gradient of ``name``."""
+        self.reached = True
         if self.consumer.additive:
             self.consumer.matrix(name, [factors], self.units, gradient)
             return
@@ -89,6 +94,7 @@ class Watch:
 
     def vector(self, name: str, gradients: torch.Tensor) -> None:
         """A site has the gradients of ``name``, ``[N, *shape]``."""
+        self.reached = True
         if self.consumer.additive:
             self.consumer.vector(name, gradients)
             return

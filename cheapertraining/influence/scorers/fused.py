@@ -20,7 +20,7 @@ from cheapertraining.influence.parameters import Directions
 from cheapertraining.influence.scorers import SampleScores
 from cheapertraining.influence.scorers.backward import Watch, refuse_compiled, watched
 from cheapertraining.influence.scorers.consumers import Moment, Moments, Products
-from cheapertraining.influence.scorers.hook import named_parameters
+from cheapertraining.influence.scorers.hook import directed_parameters
 from cheapertraining.influence.scorers.sites import find_sites
 from cheapertraining.influence.scorers.units import Units
 
@@ -62,7 +62,7 @@ class FusedScorer:
     ) -> None:
         refuse_compiled(model)
         self._directions = directions.tensors
-        self._parameters = named_parameters(model, directions.tensors)
+        self._parameters = directed_parameters(model, directions)
         self._sites = find_sites(model, self._parameters)
         self._by, self._norms, self._datainf = by, norms, datainf
         self._taken: list[tuple[Products | Moments, torch.Tensor]] = []
@@ -89,6 +89,8 @@ class FusedScorer:
         watch = Watch(self._sites, consumer, units)
         with watched(watch):
             yield
+        if not watch.reached:
+            raise UserError("FusedScorer.armed: expected a backward pass through the scored layers inside, found none.")
         watch.flush()
         counted = torch.zeros(units.shape, dtype=torch.bool, device=device)
         counted[:, :-1] = batch["labels"].to(device)[:, 1:] != IGNORED

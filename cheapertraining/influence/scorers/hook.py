@@ -6,7 +6,7 @@ Nothing stays behind: ``.grad``, ``requires_grad``, modes, random generators and
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, overload
 
 import torch
@@ -22,13 +22,14 @@ from cheapertraining.influence.scorers.backward import Consumer, Watch, refuse_c
 from cheapertraining.influence.scorers.consumers import Dense, Moments, Products, Projected, Projection
 from cheapertraining.influence.scorers.sites import find_sites
 from cheapertraining.influence.scorers.units import Units
+from cheapertraining.influence.sharding import local
 
 __all__ = [
+    "directed_parameters",
     "hook_gram",
     "hook_norms",
     "hook_projected",
     "hook_scores",
-    "named_parameters",
     "per_unit_gradients",
     "run_pass",
 ]
@@ -53,7 +54,7 @@ def hook_scores(
         UserError: a compiled model, layers of an unknown kind, tokens outside the vocabulary, gradients that are not
             finite, no ``position_ids`` for documents.
     """
-    parameters = named_parameters(model, directions.tensors)
+    parameters = directed_parameters(model, directions)
     units = _units(batch, by, parameters)
     if norms:
         moments = Moments(directions.tensors, gram=False)
@@ -144,7 +145,7 @@ def hook_projected(
     model: nn.Module, projection: Projection, batch: Batch, *, by: By = "sample"
 ) -> dict[str, torch.Tensor]:
     """Projected gradients of the units, ``[N, rank * rank]`` by matrix parameter; a gradient itself is never formed."""
-    parameters = named_parameters(model, projection.left)
+    parameters = _named(model, list(projection.left))
     consumer = Projected(projection)
     units = _units(batch, by, parameters)
     found = run_pass(model, parameters, batch, units, consumer)
@@ -215,12 +216,25 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(required)
 
 
-def named_parameters(model: nn.Module, names: Mapping[str, object]) -> dict[str, nn.Parameter]:
-    """The trainable parameters of these names.
+def directed_parameters(model: nn.Module, directions: Directions) -> dict[str, nn.Parameter]:
+    """The parameters that directions are given for.
 
     Raises:
-        UserError: a name is not one of them.
+        UserError: one is not a trainable parameter of the model, or of another shape.
     """
+    parameters = _named(model, list(directions.tensors))
+    for name, parameter in parameters.items():
+        shape = tuple(directions.tensors[name].shape[1:])
+        held = tuple(local(parameter).shape)
+        if shape != held:
+            raise UserError(
+                f"influence: expected directions of '{name}' with the shape {held}, found {shape}. They belong to "
+                "another model."
+            )
+    return parameters
+
+
+def _named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
     trainable = select_parameters(model)
     unknown = [name for name in names if name not in trainable]
     if unknown or not names:

@@ -12,7 +12,7 @@ from cheapertraining.influence.aggregation import By, unit_index
 from cheapertraining.influence.model_access import model_losses, no_trace
 from cheapertraining.influence.parameters import Directions
 from cheapertraining.influence.scorers import SampleScores
-from cheapertraining.influence.scorers.hook import named_parameters
+from cheapertraining.influence.scorers.hook import directed_parameters
 
 __all__ = ["loop_gradients", "loop_scores"]
 
@@ -32,7 +32,7 @@ def loop_gradients(
 
 def loop_scores(model: nn.Module, directions: Directions, batch: Batch, *, by: By = "sample") -> SampleScores:
     """As :func:`~.hook.hook_scores`."""
-    parameters = named_parameters(model, directions.tensors)
+    parameters = directed_parameters(model, directions)
     rows, losses, tokens = [], [], []
     for gradients, loss, count in _walk(model, parameters, batch, by):
         products = [
