@@ -89,7 +89,10 @@ def train(config: RunConfig) -> Trainer:
         deterministic_mode=config.deterministic,
     )
     trainer.logger.log_hyperparameters(asdict(config))
-    _fit(trainer, config, random_states)
+    try:
+        _fit(trainer, config, random_states)
+    finally:
+        loader.close()  # of this rank alone, so that it waits for no other, whatever went wrong
     return trainer
 
 

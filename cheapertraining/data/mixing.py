@@ -7,6 +7,7 @@ planned.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -210,6 +211,7 @@ class MixtureSampler(DistributedSampler[int]):
         self.rank = rank
         self.num_replicas = world_size
         self.epoch = 0
+        self._prefetchers: weakref.WeakSet[ShardPrefetcher] = weakref.WeakSet()
         self._slots = slice(rank * size // world_size, (rank + 1) * size // world_size)
 
     def __iter__(self) -> Iterator[int]:
@@ -221,6 +223,8 @@ class MixtureSampler(DistributedSampler[int]):
         mixture = self.mixture
         mixture.plan.release(mixture.consumed)
         prefetcher = ShardPrefetcher(mixture.store, mixture.plan) if mixture.store.has_remote else None
+        if prefetcher is not None:
+            self._prefetchers.add(prefetcher)
         batch = mixture.consumed
         try:
             while True:
@@ -236,6 +240,11 @@ class MixtureSampler(DistributedSampler[int]):
         finally:
             if prefetcher is not None:
                 prefetcher.close()
+
+    def close(self) -> None:
+        """Let no shard be downloaded ahead any more."""
+        for prefetcher in list(self._prefetchers):
+            prefetcher.close()
 
     def __len__(self) -> int:
         raise TypeError("a mixture has no length: it ends by max_duration or by its exhaustion policy")
@@ -253,13 +262,32 @@ class MixtureLoader(DataLoader[SampledRows]):
     mixture: MixedDataset
     probes: dict[str, DataLoader[SampledRows]]
     heldout: dict[str, DataLoader[SampledRows]]
+    _workers: weakref.ReferenceType[Any] | None = None
+    """The newest of torch's iterators, which owns worker processes and threads."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch types what it yields as the dataset's items
         # Without workers a DataLoader only gathers ids one by one, at the cost of reading them.
         plain = self.num_workers == 0 and not self.pin_memory
-        for batch in self._read_here() if plain else super().__iter__():
+        batches = self._read_here() if plain else super().__iter__()
+        if not plain:
+            self._workers = weakref.ref(batches)
+        for batch in batches:
             self.mixture.consumed += 1
             yield batch
+
+    def close(self) -> None:
+        """End the worker processes and threads that read ahead; iterators made before give no more batches.
+
+        Dropping the last reference to an iterator does the same, but a traceback or a cycle may hold one until the
+        interpreter ends, when the thread that pins memory must no longer live, see
+        :class:`~cheapertraining.data.prefetch.ShardPrefetcher`.
+        """
+        cast(MixtureSampler, self.sampler).close()
+        batches = self._workers() if self._workers is not None else None
+        if self.num_workers and batches is not None:
+            batches._shutdown_workers()
+        self._workers = None
+        self._iterator = None
 
     def _read_here(self) -> Iterator[Batch]:
         store, collate_rows = self.mixture.store, cast(Callable[[SampledRows], Batch], self.collate_fn)

@@ -13,11 +13,18 @@ from cheapertraining.data.store import ShardStore
 
 __all__ = ["ShardPrefetcher"]
 
+_LOOK_UP = 0.5  # seconds in which an idle thread notices that the interpreter wants to end
+
 
 class ShardPrefetcher:
-    """One daemon thread on the first rank of each node that fetches the next shards of every source.
+    """One thread on the first rank of each node that fetches the next shards of every source.
 
     A failed download is left to the reader, which needs the shard, tries again and reports.
+
+    The interpreter waits for the thread at its end, since a daemon thread would not survive it: whatever allocates may
+    collect garbage, and this thread then frees tensors of the run that is over. Torch lets go of the GIL to free one;
+    where the interpreter is being torn down meanwhile, CPython ends the thread as it asks for the GIL again, inside a
+    C++ destructor, and that aborts the process.
     """
 
     def __init__(self, store: ShardStore, plan: MixturePlan) -> None:
@@ -29,7 +36,7 @@ class ShardPrefetcher:
         self._wanted: list[tuple[int, int]] = []
         self._thread: threading.Thread | None = None
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            self._thread = threading.Thread(target=self._run, name="shard-prefetch", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="shard-prefetch", daemon=False)
             self._thread.start()
 
     def advance(self, batch: int) -> None:
@@ -45,23 +52,26 @@ class ShardPrefetcher:
         self._wake.set()
 
     def close(self) -> None:
-        """Stop after the download under way."""
+        """Stop after the download under way, without waiting for it."""
         self._closed.set()
         self._wake.set()
 
     def _run(self) -> None:
-        while True:
-            self._wake.wait()
+        while not self._over():
+            if not self._wake.wait(_LOOK_UP):
+                continue
             self._wake.clear()
-            if self._closed.is_set():
-                return
             wanted = self._wanted
             self._fetched &= set(wanted)  # one that left the window may have been evicted since
             for source, shard in wanted:
-                if self._closed.is_set():
+                if self._over():
                     return
                 if (source, shard) not in self._fetched:
                     self._fetch(source, shard)
+
+    def _over(self) -> bool:
+        # Nobody calls close on a loader that is still open when the program ends.
+        return self._closed.is_set() or not threading.main_thread().is_alive()
 
     def _fetch(self, source: int, shard: int) -> None:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -169,7 +170,8 @@ def download(
         except Exception as error:  # every storage client raises its own kinds
             downloader.clean_up()
             part.unlink(missing_ok=True)
-            if attempt == retry or is_final(error):
+            ending = not threading.main_thread().is_alive()  # the interpreter waits for this thread alone
+            if attempt == retry or is_final(error) or ending:
                 tried = f", {attempt + 1} attempts" if attempt else ""
                 raise UserError(
                     f"shards of '{name}': cannot read {remote}{_endpoint(remote)} ({reason_of(error)}{tried}). "

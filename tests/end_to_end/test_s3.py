@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -185,6 +187,24 @@ def test_training_from_s3_with_eviction_and_a_resume_equals_training_on_local_sh
     assert disk_use(cache) <= limit - indexes + 4 * largest < disk_use(local) / 2  # four processes read
     assert len(shards) * largest > 1.5 * (limit - indexes), "nothing had to be evicted, so this shows nothing"
     assert max(shards.values()) > 1
+
+
+def test_closed_loader_leaves_no_process_and_no_thread(remote: str, tmp_path: Path, data: Any) -> None:
+    """Also where something, such as a traceback, still holds the iterator."""
+    before = set(threading.enumerate())
+    loader = get_loader(data(tmp_path / "cache", remote=remote), batch_size=12, num_workers=1, prefetch_factor=2)
+    batches = iter(loader)
+    next(batches)
+    prefetching = [thread for thread in threading.enumerate() if thread.name == "shard-prefetch"]
+    assert prefetching
+    assert multiprocessing.active_children()
+    loader.close()
+    left = [thread for thread in threading.enumerate() if thread not in before]
+    for thread in left:
+        thread.join(30)
+    assert not [thread for thread in left if thread.is_alive()]
+    assert not multiprocessing.active_children()
+    batches.close()  # type: ignore[attr-defined]  # a generator
 
 
 # ---- stores that refuse ----------------------------------------------------------------------------------------
