@@ -13,6 +13,18 @@ from cheapertraining.influence.preconditioners.adam import Adam
 from cheapertraining.influence.preconditioners.base import Identity, Preconditioner
 from cheapertraining.influence.preconditioners.datainf import DataInf, LayerScale
 from cheapertraining.influence.preconditioners.kronecker import EKFAC, KFAC
+from cheapertraining.influence.preconditioners.krylov import GGNConjugateGradient, LiSSA
 from cheapertraining.influence.preconditioners.upkeep import Schedule
 
-__all__ = ["EKFAC", "KFAC", "Adam", "DataInf", "Identity", "LayerScale", "Preconditioner", "Schedule"]
+__all__ = [
+    "EKFAC",
+    "KFAC",
+    "Adam",
+    "DataInf",
+    "GGNConjugateGradient",
+    "Identity",
+    "LayerScale",
+    "LiSSA",
+    "Preconditioner",
+    "Schedule",
+]

