@@ -7,7 +7,7 @@ side).
 
     difference  (loss_i(theta + eps u) - loss_i(theta)) / eps                 + O(eps)    one pass a direction
     central     (loss_i(theta + eps u) - loss_i(theta - eps u)) / (2 eps)     + O(eps**2) two
-    jvp         forward-mode derivative, exact up to rounding                             about three
+    jvp         forward-mode derivative, exact up to rounding                             two to three
 
 Precision of the differences: the two losses agree in all but their last digits, so those passes run in float32 with
 autocast and TF32 off, whatever precision training uses. Parameters kept in bfloat16 or float16 cannot hold the
@@ -20,11 +20,11 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
+from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cheapertraining.errors import UserError, nearest
@@ -38,7 +38,9 @@ __all__ = ["Method", "check_precision", "forward_scores"]
 
 Method = Literal["difference", "central", "jvp"]
 METHODS = ("difference", "central", "jvp")
-_HALF = (torch.bfloat16, torch.float16)
+# Directions that go through a forward-mode pass at a time: they share the losses' own work, and each takes up as much
+# memory as the largest activations.
+_TOGETHER = 4
 Batch = Mapping[str, torch.Tensor]
 Losses = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
@@ -204,17 +206,26 @@ def _jvp(
         )
     model = getattr(model, "_orig_mod", model)  # A compiled graph has no forward-mode derivative either.
     size = shards.norm({name: parameter.detach() for name, parameter in parameters.items()}) or 1.0
-    columns: list[torch.Tensor | float] = []
-    for row in range(len(directions.names)):
-        length = shards.norm({name: tensor[row] for name, tensor in directions.tensors.items()})
-        # Tangents of the parameters' own size: half precision rounds them as it rounds the parameters.
-        factor = size / length if length > 0 and math.isfinite(length) else 1.0
-        tangents = {
-            name: (tensor[row] * factor).to(parameters[name].dtype) for name, tensor in directions.tensors.items()
-        }
+    tensors = directions.tensors
+    lengths = torch.tensor(
+        [shards.norm({name: part[row] for name, part in tensors.items()}) for row in range(len(directions.names))],
+        dtype=torch.float64,
+        device=next(iter(parameters.values())).device,
+    )
+    # Tangents of the parameters' own size: half precision rounds them as it rounds the parameters.
+    factors = torch.where((lengths > 0) & lengths.isfinite(), size / lengths, 1.0)
+    found = []
+    for first in range(0, len(factors), _TOGETHER):
+        rows = slice(first, first + _TOGETHER)
+        tangents = {name: _scaled(part[rows], factors[rows], parameters[name]) for name, part in tensors.items()}
         losses, slopes, tokens = _dual_pass(model, parameters, tangents, batch, by)
-        columns.append(slopes / factor)
-    return SampleScores(scores=_stack(columns, tokens), tokens=tokens, losses=losses)
+        found.append(slopes)
+    return SampleScores(scores=(torch.cat(found) / factors[:, None]).T.contiguous(), tokens=tokens, losses=losses)
+
+
+def _scaled(part: torch.Tensor, factors: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+    shape = (-1, *(1 for _ in parameter.shape))
+    return (part * factors.to(part.dtype).view(shape)).to(parameter.dtype)
 
 
 def _dual_pass(
@@ -224,13 +235,20 @@ def _dual_pass(
     batch: Batch,
     by: By,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One pass with ``theta + eps * tangent`` as dual numbers: losses, derivatives and tokens of the units, ``[N]``."""
+    """Losses of the units ``[N]``, their derivatives along each tangent ``[K, N]``, and their tokens ``[N]``."""
     raw = {canonical_name(name): name for name, _ in model.named_parameters()}
-    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-        duals: dict[str, Any] = {
-            raw[name]: forward_ad.make_dual(parameter.detach(), tangents[name])  # type: ignore[no-untyped-call]
-            for name, parameter in parameters.items()
-        }
-        losses, tokens = unit_losses(model, batch, by, duals)
-        primal, tangent = forward_ad.unpack_dual(losses)  # type: ignore[no-untyped-call]
-    return primal, torch.zeros_like(primal) if tangent is None else tangent, tokens
+    theta = {raw[name]: parameter.detach() for name, parameter in parameters.items()}
+
+    def losses(moved: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return unit_losses(model, batch, by, moved)
+
+    def along(tangent: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        values, slopes, tokens = jvp(losses, (theta,), (tangent,), has_aux=True)
+        return values, slopes, tokens
+
+    by_raw = {raw[name]: tangent for name, tangent in tangents.items()}
+    with sdpa_kernel(SDPBackend.MATH):  # The others have no forward-mode derivative.
+        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = vmap(  # type: ignore[arg-type]
+            along, out_dims=(None, 0, None)
+        )(by_raw)
+    return found
