@@ -374,6 +374,7 @@ def isolation_of(model: PreTrainedModel) -> Isolation:
     Raises:
         UserError: Neither works, so training on packed rows would mix documents.
     """
+    _check_finite(model)
     module = inspect.getmodule(type(model))
     choices: dict[Isolation, str] = {"positions": "restarting position_ids", "mask": "a 4-D attention mask"}
     failures = []
@@ -393,6 +394,16 @@ def isolation_of(model: PreTrainedModel) -> Isolation:
         f"model: {type(model).__name__} lets documents that are packed into one row attend to each other "
         f"({'; '.join(failures)}): use another architecture, such as Llama, Qwen2, Mistral, GPT-NeoX or GPT-2"
     )
+
+
+def _check_finite(model: PreTrainedModel) -> None:
+    """Raise UserError for weights that are NaN or infinite: whatever is tried with them then fails in its own way."""
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "meta" and not bool(torch.isfinite(parameter).all()):
+            raise UserError(
+                f"model: expected finite weights, found NaN or infinity in {name}: use weights from before the "
+                f"training diverged"
+            )
 
 
 def _leak(model: PreTrainedModel, isolation: Isolation) -> str | None:

@@ -167,9 +167,9 @@ class _Progress:
 
     def skip(self, rows: int) -> None:
         """Count rows that an earlier run passed over: they are not part of the rate."""
-        self._bar.initial += rows
-        self._bar.update(0)
-        self._bar.n += rows
+        if not self._bar.disable:
+            self._bar.initial += rows
+            self._bar.n += rows
 
 
 @contextlib.contextmanager
