@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -247,8 +247,7 @@ def _dual_pass(
         return values, slopes, tokens
 
     by_raw = {raw[name]: tangent for name, tangent in tangents.items()}
+    out: Any = (None, 0, None)  # Losses and tokens are the same along every direction; torch's types forbid None.
     with sdpa_kernel(SDPBackend.MATH):  # The others have no forward-mode derivative.
-        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = vmap(  # type: ignore[arg-type]
-            along, out_dims=(None, 0, None)
-        )(by_raw)
+        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = vmap(along, out_dims=out)(by_raw)
     return found
