@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from cheapertraining.errors import UserError, nearest
+from cheapertraining.influence.scorers.sources import check_metric, check_scorer
 
 __all__ = ["InfluenceConfig"]
 
@@ -27,10 +28,13 @@ class InfluenceConfig:
     """Settings of measuring influence and of moving weights by it.
 
     Attributes:
-        lambda_reg: damping of estimators that invert a curvature, in units of the mean squared gradient of each layer
-            (``lambda_l = lambda_reg * mean(g**2)``; DataInf, arXiv 2310.00902, uses 0.1). The look-ahead estimator
-            inverts nothing and does not look at it.
-        metric: ``raw`` (gradients as they are) or ``adam`` (preconditioned by the optimizer's second moments).
+        lambda_reg: damping of metrics that invert a curvature, relative to its own size: for DataInf, ``lambda_l =
+            lambda_reg * mean(g**2)`` in each layer (arXiv 2310.00902 uses 0.1). ``raw`` and ``adam`` invert nothing
+            and do not look at it.
+        metric: ``raw`` (gradients as they are), ``adam`` (preconditioned by the optimizer's second moments), or a
+            curvature: ``layer_scale``, ``datainf``, ``kfac``, ``ekfac``.
+        scorer: ``forward`` (parameters in float32), ``hook`` (any precision), or ``loop`` (any model, slow; layers
+            whose forward pass is a staircase need it); see ``scorers.sources.SourceEstimator``.
         probe_samples: samples of each probe in a measurement.
         source_samples: samples of each source in a measurement, over all ranks.
         microbatch_size: samples in one pass of a measurement; None: all that fall to a rank.
@@ -48,6 +52,7 @@ class InfluenceConfig:
 
     lambda_reg: float = 0.1
     metric: str = "raw"
+    scorer: str = "forward"
     probe_samples: int = 8
     source_samples: int = 4
     microbatch_size: int | None = None
@@ -72,9 +77,11 @@ class InfluenceConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name, least in {"probe_samples": 1, "source_samples": 2, "lambda_reg": 0, "threshold": 0}.items():
+        for name, least in {"probe_samples": 1, "source_samples": 2, "threshold": 0}.items():
             if not getattr(self, name) >= least:
                 raise _wrong(name, f"at least {least}", getattr(self, name))
+        if not self.lambda_reg > 0:
+            raise _wrong("lambda_reg", "a positive number", self.lambda_reg)
         if self.microbatch_size is not None and self.microbatch_size < 1:
             raise _wrong("microbatch_size", "at least 1, or None for all samples at once", self.microbatch_size)
         if not 0 < self.step_size < 1:
@@ -85,8 +92,8 @@ class InfluenceConfig:
             raise _wrong("floor, ceiling", "0 <= floor <= ceiling <= 1", f"{self.floor}, {self.ceiling}")
         if self.kl_step is not None and not self.kl_step > 0:
             raise _wrong("kl_step", "a positive number, or None for no limit", self.kl_step)
-        if self.metric not in ("raw", "adam"):
-            raise _wrong("metric", "'raw' or 'adam'", repr(self.metric))
+        check_metric(self.metric)
+        check_scorer(self.scorer)
 
     @classmethod
     def of(cls, settings: InfluenceConfig | Mapping[str, Any] | None) -> InfluenceConfig:

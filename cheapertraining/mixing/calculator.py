@@ -3,7 +3,7 @@
     calculator = MixtureWeightCalculator(model, probe_dataloaders=loader.probes)
     optimizer = InfluenceAwareOptimizer(optimizer, calculator, loader.mixture, update_interval=100)
 
-The same controller, strategy, constraints and estimator as in ``OnlineMixing``, Composer's algorithm.
+The same controller, strategy and constraints as in ``OnlineMixing``, Composer's algorithm.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 
 from cheapertraining.errors import UserError
 from cheapertraining.influence.scorers import SourceInfluence
-from cheapertraining.influence.scorers.look_ahead import LookAheadEstimator
+from cheapertraining.influence.scorers.forward import check_precision
+from cheapertraining.influence.scorers.sources import SourceEstimator
 from cheapertraining.influence.settings import InfluenceConfig
 from cheapertraining.mixing.agreement import agreed
 from cheapertraining.mixing.constraints import Constraints
@@ -71,7 +72,7 @@ class MixtureWeightCalculator:
         self.probes = _named_probes(probe_dataloader, probe_dataloaders)
         self.probe_weights = probe_weights
         self.horizon_tokens = horizon_tokens
-        self._parts: tuple[MixtureController, LookAheadEstimator] | None = None
+        self._parts: tuple[MixtureController, SourceEstimator] | None = None
 
     @property
     def controller(self) -> MixtureController:
@@ -91,7 +92,7 @@ class MixtureWeightCalculator:
             interval: steps between updates, for the prediction of what they do.
 
         Raises:
-            UserError: the mixture cannot be measured, or its weights do not fit the bounds.
+            UserError: the mixture or the model cannot be measured so, or the weights do not fit the bounds.
         """
         needed = ("source_names", "draw", "set_weights", "consumed", "lag")
         if missing := [name for name in needed if not hasattr(mixture, name)]:
@@ -100,6 +101,8 @@ class MixtureWeightCalculator:
                 f"{type(mixture).__name__} (without {', '.join(missing)})."
             )
         config = self.influence_config
+        if config.scorer == "forward":
+            _check_forward(self.model)
         controller = MixtureController(
             mixture,
             InfluenceStrategy(learning_rate, config.ema, config.threshold),
@@ -108,13 +111,15 @@ class MixtureWeightCalculator:
             warmup=0,
             horizon_tokens=self.horizon_tokens or 0,
         )
-        estimator = LookAheadEstimator(
+        estimator = SourceEstimator(
             mixture,
             self.probes,
             self.probe_weights,
             probe_samples=config.probe_samples,
             source_samples=config.source_samples,
             metric=config.metric,
+            scorer=config.scorer,
+            damping=config.lambda_reg,
             step_size=config.step_size,
             seed=config.seed,
             combine=config.combine,
@@ -169,7 +174,7 @@ class MixtureWeightCalculator:
         controller.load_state_dict(state["controller"])
         estimator.load_state_dict(state["estimator"])
 
-    def _attached(self) -> tuple[MixtureController, LookAheadEstimator]:
+    def _attached(self) -> tuple[MixtureController, SourceEstimator]:
         if self._parts is None:
             raise UserError(
                 "MixtureWeightCalculator: no mixture to measure yet. Pass it to InfluenceAwareOptimizer with the "
@@ -229,6 +234,14 @@ def _named_probes(one: DataLoader[Any] | Probes | None, several: Probes | None) 
                 f"{type(loader).__name__} over {type(dataset).__name__}. Use get_loader(...).probes."
             )
     return probes  # type: ignore[return-value]  # checked just now
+
+
+def _check_forward(model: nn.Module) -> None:
+    """Say now, and not at the first update, that forward passes cannot measure this model."""
+    try:
+        check_precision(model)
+    except UserError as error:
+        raise UserError(f"{error} Or measure by a backward pass: InfluenceConfig(scorer='hook').") from error
 
 
 def _check_finite(measured: SourceInfluence) -> None:

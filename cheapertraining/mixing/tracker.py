@@ -16,7 +16,6 @@ from cheapertraining.mixing.calculator import MixtureWeightCalculator
 __all__ = ["InfluenceTracker", "create_influence_tracker"]
 
 _KEY = "influence"
-_METHODS = ("look_ahead",)
 
 
 class InfluenceTracker:
@@ -25,7 +24,7 @@ class InfluenceTracker:
     Args:
         config: a mapping with a section ``influence`` (plain or OmegaConf): ``enabled`` (default false; everything is
             then a no-op), ``update_interval`` (10000 steps), ``learning_rate`` (0.1), ``warmup_steps`` (1000),
-            ``method`` (``look_ahead``), and any setting of :class:`InfluenceConfig`.
+            ``method`` (another name of ``metric``), and any setting of :class:`InfluenceConfig`.
         model: what is trained.
         mixed_dataset: the mixture; None switches the tracker off.
         probe_dataloaders: the probes by name, or a single one.
@@ -46,7 +45,8 @@ class InfluenceTracker:
         self.update_interval = int(settings.pop("update_interval", 10_000))
         self.warmup_steps = int(settings.pop("warmup_steps", 1_000))
         learning_rate = float(settings.pop("learning_rate", 0.1))
-        method = settings.pop("method", _METHODS[0])
+        if "method" in settings:
+            settings["metric"] = settings.pop("method")
         self.mixed_dataset = mixed_dataset
         self.calculator: MixtureWeightCalculator | None = None
         self._history: list[dict[str, float]] = []
@@ -54,8 +54,6 @@ class InfluenceTracker:
             return
         if self.update_interval < 1:
             raise UserError(f"{_KEY}.update_interval: expected at least 1 step, found {self.update_interval}.")
-        if method not in _METHODS:
-            raise UserError(f"{_KEY}.method: expected {' or '.join(_METHODS)}, found '{method}'. Leave it out.")
         self.calculator = MixtureWeightCalculator(model, probe_dataloaders, InfluenceConfig.of(settings))
         self.calculator.attach(mixed_dataset, learning_rate=learning_rate, interval=self.update_interval)
 

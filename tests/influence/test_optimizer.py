@@ -171,6 +171,44 @@ def test_asking_for_weights_changes_nothing(run: Run) -> None:
     assert asked != pytest.approx(EVEN, abs=1e-3)
 
 
+@pytest.mark.parametrize("metric", ["raw", "adam", "layer_scale", "datainf", "kfac", "ekfac"])
+def test_scorers_agree_on_every_metric(run: Run, metric: str) -> None:
+    """Look-ahead, one backward pass, and a backward pass for each sample: the same scores, whatever divides them."""
+    run.train(2)
+    found = []
+    for scorer in ("forward", "hook", "loop"):
+        config = InfluenceConfig(metric=metric, scorer=scorer, microbatch_size=5)
+        calculator = MixtureWeightCalculator(run.model, run.loader.probes, config)
+        calculator.attach(run.loader.mixture)
+        calculator.update(run.optimizer)
+        found.append(calculator.controller.history[-1].scores["code"])
+    assert found[1] == pytest.approx(found[2], rel=1e-4)
+    assert found[0] == pytest.approx(found[2], abs=0.01 * max(map(abs, found[2].values())))  # a finite difference
+
+
+def test_metrics_differ(run: Run) -> None:
+    run.train(2)
+    ratios = {}
+    for metric in ("raw", "adam", "datainf", "ekfac"):
+        calculator = MixtureWeightCalculator(run.model, run.loader.probes, {"metric": metric, "scorer": "hook"})
+        calculator.attach(run.loader.mixture)
+        calculator.update(run.optimizer)
+        scores = calculator.controller.history[-1].scores["code"]
+        ratios[metric] = scores["docs"] / scores["code"]
+    assert len({round(ratio, 3) for ratio in ratios.values()}) == 4
+
+
+def test_half_precision_is_refused_at_once_and_measured_by_a_backward_pass(tiny_sample: Path) -> None:
+    run = make_run(tiny_sample / "data.yaml")
+    half = run.model.to(torch.bfloat16)
+    calculator = MixtureWeightCalculator(half, run.loader.probes)
+    with pytest.raises(UserError, match=r"in torch\.bfloat16.* InfluenceConfig\(scorer='hook'\)"):
+        InfluenceAwareOptimizer(run.inner, calculator, run.loader.mixture)
+    calculator = MixtureWeightCalculator(half, run.loader.probes, {"scorer": "hook"})
+    InfluenceAwareOptimizer(run.inner, calculator, run.loader.mixture, update_interval=1).step()
+    assert all(score is not None for score in calculator.controller.history[-1].scores["code"].values())
+
+
 # ---- it is an optimizer ----------------------------------------------------------------------------------------------
 def test_steps_are_those_of_the_bare_optimizer(tiny_sample: Path) -> None:
     """A measurement between steps leaves no trace in the training: not in parameters, not in dropout's randomness."""
@@ -365,7 +403,9 @@ def test_calculator_says_what_it_needs(run: Run) -> None:
         ({"thresold": 1}, "Did you mean 'threshold'"),
         ({"source_samples": 1}, "source_samples: expected at least 2"),
         ({"ema": 1.0}, "ema: expected a number from 0 to below 1"),
-        ({"metric": "cosine"}, "metric: expected 'raw' or 'adam'"),
+        ({"metric": "cosine"}, "metric: expected one of raw, adam, .* found 'cosine'"),
+        ({"scorer": "hok"}, "Did you mean 'hook'"),
+        ({"lambda_reg": 0}, "lambda_reg: expected a positive number"),
         ({"floor": 0.5, "ceiling": 0.4}, "floor, ceiling"),
         ({"kl_step": 0}, "kl_step: expected a positive number"),
         ({"step_size": 2.0}, "step_size: expected a relative step"),

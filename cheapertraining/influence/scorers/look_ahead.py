@@ -25,7 +25,7 @@ from cheapertraining.influence.preconditioners import Adam
 from cheapertraining.influence.probes import ProbeBank, ProbeLosses
 from cheapertraining.influence.ranks import check_equal_counts, rank_rows, sum_over_ranks
 from cheapertraining.influence.scorers import COMBINED, SourceInfluence
-from cheapertraining.influence.scorers.forward import check_precision, forward_scores
+from cheapertraining.influence.scorers.forward import forward_scores
 
 __all__ = ["LookAheadEstimator", "SampleSource"]
 
@@ -124,20 +124,14 @@ class LookAheadEstimator:
             UserError: half-precision parameters, or ``adam`` without Adam's moments.
         """
         started = time.perf_counter()
-        check_precision(model)
         parameters = select_parameters(model)
         losses: dict[str, ProbeLosses] = {}
         with no_trace(model):
             batches, places = self._source_rows(update_index, microbatch_size)
             check_equal_counts(len(batches), "passes over the sources' samples", next(iter(parameters.values())).device)
             derivatives = [
-                torch.cat(
-                    [
-                        forward_scores(model, u, batch, method="central", step_size=self.step_size).scores[:, 0]
-                        for batch in batches
-                    ]
-                )
-                for u in self._directions(model, parameters, optimizer, update_index, microbatch_size, losses)
+                torch.cat([self._scores(model, u, batch) for batch in batches])
+                for u in self._directions(model, parameters, optimizer, update_index, microbatch_size, losses, batches)
             ]
         scores, errors = self._per_source(torch.stack(derivatives), batches, places)
         return SourceInfluence(
@@ -187,6 +181,10 @@ class LookAheadEstimator:
         cuts = range(0, len(places), size)
         return [{name: rows[cut : cut + size] for name, rows in whole.items()} for cut in cuts], places
 
+    def _scores(self, model: nn.Module, direction: Directions, batch: Batch) -> torch.Tensor:
+        """Of each sample along one direction, ``[N]``."""
+        return forward_scores(model, direction, batch, method="central", step_size=self.step_size).scores[:, 0]
+
     def _directions(
         self,
         model: nn.Module,
@@ -195,8 +193,12 @@ class LookAheadEstimator:
         update_index: int,
         microbatch_size: int | None,
         losses: dict[str, ProbeLosses],
+        batches: Sequence[Batch],
     ) -> Iterator[Directions]:
-        """One direction after another, so that one is in memory at a time; fills ``losses`` on the way."""
+        """One direction after another, so that one is in memory at a time; fills ``losses`` on the way.
+
+        ``batches`` are the sources' samples, for metrics that look at them.
+        """
         combined: dict[str, torch.Tensor] = {}
         for name, weight in self.bank.weights.items():
             gradient, losses[name] = self.bank.gradient(model, name, update_index, parameters, microbatch_size)
