@@ -178,6 +178,16 @@ def test_an_observation_that_is_not_finite_teaches_nothing() -> None:
     close(kept.apply(u), expected, 1e-12)
 
 
+def test_a_pass_without_backward_is_refused() -> None:
+    model = tiny_llama()
+    kept = EKFAC(select_parameters(model))
+    with (
+        pytest.raises(UserError, match=r"ekfac\.observing: expected a backward pass inside, found none"),
+        kept.observing(model, random_batch(2, 0)),
+    ):
+        pass
+
+
 def test_bad_schedules() -> None:
     with pytest.raises(UserError, match=r"schedule\.every: expected at least 1, found 0"):
         Schedule(every=0)

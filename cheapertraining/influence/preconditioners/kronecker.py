@@ -34,11 +34,11 @@ from cheapertraining.influence.preconditioners.base import check_covered, check_
 from cheapertraining.influence.preconditioners.factors import Basis, Observer, Sums, rotate
 from cheapertraining.influence.preconditioners.upkeep import Schedule, Upkeep, decomposed
 from cheapertraining.influence.ranks import check_equal_counts, rank_and_world
-from cheapertraining.influence.scorers.backward import Watch, watched
+from cheapertraining.influence.scorers.backward import Watch, refuse_compiled, watched
 from cheapertraining.influence.scorers.hook import run_pass
 from cheapertraining.influence.scorers.sites import find_sites
 from cheapertraining.influence.scorers.units import Units, wide
-from cheapertraining.influence.sharding import Shards, local
+from cheapertraining.influence.sharding import Shards, local, reshard
 
 __all__ = ["EKFAC", "KFAC", "Labels", "sampled_labels"]
 
@@ -138,10 +138,14 @@ class KFAC:
             model: wrapped or not, not compiled.
             batch: the microbatch, on the model's device.
             loss_scale: factor that the summed token loss enters backward with, such as 1 over the tokens of the step.
+
+        Raises:
+            UserError: no backward pass took place inside.
         """
         if self._shards is None:
             self._shards = Shards(model, self.parameters)
         inner = _inner(model)
+        refuse_compiled(inner)
         bases = self._kept.begin()
         sums, rows = Sums(), self._kept.rows(len(batch["labels"]))
         observer = self._observer(inner, sums, batch, bases, factors=True, rows=rows, scale=loss_scale)
@@ -149,6 +153,8 @@ class KFAC:
         watch = Watch(find_sites(inner, self.parameters), observer, units)
         with watched(watch):
             yield
+        if not watch.reached:
+            raise UserError(f"{self.name}.observing: expected a backward pass inside, found none.")
         watch.flush()
         self._kept.end(sums)
 
@@ -235,6 +241,7 @@ def sampled_labels(model: nn.Module, batch: Batch, generator: torch.Generator) -
     """
     with no_trace(model), torch.no_grad():
         logits = model_logits(model, batch)[:, :-1]
+    reshard(model)
     if not bool(torch.isfinite(logits).all()):
         raise UserError(
             "influence: expected finite outputs of the model to draw labels from, found NaN or infinity. Fit on a "

@@ -1,0 +1,35 @@
+"""Two ranks, replicated or sharded, each with half of the rows, precondition as one process with all rows does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from tests.influence.preconditioned_ranks import CASES, results, run
+from tests.influence.tiny_llama import tiny_llama
+
+Found = dict[str, dict[str, torch.Tensor]]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Found]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(run, args=(2, str(folder)), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> Found:
+    return results(tiny_llama(), 0, 1, sharded=False)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_find_what_one_process_does(case: str, ranks: list[dict[str, Found]], alone: Found) -> None:
+    for rank in ranks:
+        assert set(rank[case]) == set(alone) - ({"ggn_cg"} if case != "ddp" else set())
+        for kind, found in rank[case].items():
+            for name, part in alone[kind].items():
+                error = float((found[name] - part).abs().max() / part.abs().max())
+                assert error < 1e-6, (kind, name)
