@@ -22,6 +22,7 @@ from cheapertraining.errors import UserError
 from cheapertraining.influence.ranks import rank_and_world, sum_over_ranks
 
 __all__ = [
+    "Gathered",
     "Shards",
     "check_reduced",
     "gradient_scale",
@@ -148,6 +149,10 @@ class Shards:
         mesh, placements = parameter.device_mesh, _behind_first(parameter)
         return local(distribute_tensor(full.detach().contiguous(), mesh, placements)).clone()
 
+    def shape(self, name: str) -> torch.Size:
+        """A parameter's whole shape."""
+        return self._flat[name][0] if name in self._flat else self._parameters[name].shape
+
     def copies(self, name: str) -> int:
         """Number of ranks that hold the same part of a parameter."""
         world = rank_and_world()[1]
@@ -181,6 +186,28 @@ class Shards:
         dist.all_gather(parts, padded, group=group)
         whole = torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
         return whole.view(len(shards), *shape)
+
+
+class Gathered(Mapping[str, torch.Tensor]):
+    """Tensors that lie in shards, ``{name: [K, *local]}``, gathered when they are asked for: ``[K, *full]``.
+
+    The last one is kept. All ranks ask for the same, in the same order.
+    """
+
+    def __init__(self, shards: Shards, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._shards, self._tensors = shards, tensors
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if self._last is None or self._last[0] != name:
+            self._last = name, self._shards.gather(name, self._tensors[name])
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def gradient_scale(model: nn.Module) -> float:

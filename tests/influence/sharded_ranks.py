@@ -19,8 +19,10 @@ from cheapertraining.errors import UserError
 from cheapertraining.influence import LookAheadEstimator, ProbeBank, forward_scores
 from cheapertraining.influence.model_access import sample_losses, unwrap
 from cheapertraining.influence.parameters import Directions, select_parameters
+from cheapertraining.influence.scorers.fused import FusedScorer
+from cheapertraining.influence.scorers.hook import hook_scores
 from cheapertraining.influence.scorers.microbatch import MicrobatchScorer, source_microbatches
-from cheapertraining.influence.sharding import Shards, gradient_scale, local
+from cheapertraining.influence.sharding import Shards, gradient_scale, is_sharded, local
 from tests.influence.tiny_llama import Batch, Sources, probe_loader, random_batch, tiny_llama
 
 CASES = {
@@ -87,8 +89,9 @@ def results(model: nn.Module, rank: int, world: int) -> dict[str, Any]:
         "documents": forward_scores(model, directions, batch, method="central", by="document").scores,
         "look-ahead": torch.from_numpy(look.measure(model, update_index=2, microbatch_size=2).scores),
         "microbatch": accumulated(model, directions, batch),
-        **watched(model, directions, batch),
     }
+    model.zero_grad()
+    found.update(watched(model, directions, batch))
     again = ProbeBank({"p": probe_loader(), "q": probe_loader(seed=7)}, samples=5, refresh_every=2)
     again.load_state_dict(bank.state_dict())
     resumed, _ = again.current(model, 4, parameters)
@@ -96,8 +99,22 @@ def results(model: nn.Module, rank: int, world: int) -> dict[str, Any]:
     return found
 
 
-def watched(model: nn.Module, directions: Directions, batch: Batch) -> dict[str, torch.Tensor]:
-    return {}
+def watched(model: nn.Module, directions: Directions, batch: Batch) -> dict[str, Any]:
+    """Hook and fused; the fused scorer's training gradients too, whole and as a sum over the ranks."""
+    hook = hook_scores(model, directions, batch)
+    assert all(parameter.grad is None for parameter in model.parameters()) or not is_sharded(unwrap(model))
+    model.zero_grad()
+    scorer = FusedScorer(model, directions)
+    with scorer.armed(batch):
+        (sample_losses(model, batch)[0].sum() / 300).backward()
+    grads = {
+        name: local(p.grad) if p.grad is not None else local(p) * 0 for name, p in select_parameters(model).items()
+    }
+    scale = gradient_scale(model)
+    whole = gathered(model, Directions(("grad",), {name: grad[None] / scale for name, grad in grads.items()}))
+    model.zero_grad()
+    documents = hook_scores(model, directions, batch, by="document").scores
+    return {"hook": hook.scores, "hook documents": documents, "fused": scorer.collect(1 / 300).scores, "grads": whole}
 
 
 def leaves_no_trace(model: nn.Module) -> None:

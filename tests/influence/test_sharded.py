@@ -59,16 +59,29 @@ def test_scores_are_those_of_one_process(
             close(rank[case]["microbatch"][name], values, 1e-5)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_watched_backward_passes_are_those_of_one_process(
+    case: str, ranks: list[dict[str, Any]], alone: dict[torch.dtype, dict[str, Any]]
+) -> None:
+    expected = alone[CASES[case]]
+    for name in ("hook", "fused"):
+        close(by_row(ranks, case, name), expected[name], 1e-5)
+    for rank in ranks:
+        for name, grad in expected["grads"].items():
+            close(rank[case]["grads"][name], grad, 1e-5)
+
+
 def by_row(ranks: list[dict[str, Any]], case: str, name: str) -> torch.Tensor:
     return torch.stack([rank[case][name] for rank in ranks], dim=1).flatten(0, 1)
 
 
+@pytest.mark.parametrize("name", ["documents", "hook documents"])
 @pytest.mark.parametrize("case", [case for case in CASES if CASES[case] == torch.float64])
 def test_documents_are_those_of_one_process(
-    case: str, ranks: list[dict[str, Any]], alone: dict[torch.dtype, dict[str, Any]]
+    case: str, name: str, ranks: list[dict[str, Any]], alone: dict[torch.dtype, dict[str, Any]]
 ) -> None:
-    found = torch.cat([rank[case]["documents"] for rank in ranks])
-    expected = alone[torch.float64]["documents"]
+    found = torch.cat([rank[case][name] for rank in ranks])
+    expected = alone[torch.float64][name]
     assert len(found) == len(expected)
     close(found[found[:, 0].argsort()], expected[expected[:, 0].argsort()], 1e-5)
 

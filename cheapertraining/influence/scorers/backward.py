@@ -311,14 +311,17 @@ def _norm(watch: Watch, site: Site, original: Forward) -> Forward:
         if not torch.is_grad_enabled():
             return original(*inputs, **named)
         lead = (inputs[0] if inputs else next(iter(named.values()))).shape
-        own = {key: module._parameters[key] for key in site.parameters}
+        own = {key: getattr(module, key) for key in site.parameters}
+        # FSDP1 puts what it has gathered beside the parameters.
+        held = {key: module._parameters if key in module._parameters else module.__dict__ for key in own}
         try:
             for key, name in site.parameters.items():
                 shape = lead[: len(lead) - own[key].dim()] + own[key].shape
-                module._parameters[key] = _apply(_Spread, own[key], shape, watch.anchor, visitor(name, own[key].dim()))
+                held[key][key] = _apply(_Spread, own[key], shape, watch.anchor, visitor(name, own[key].dim()))
             return original(*inputs, **named)
         finally:
-            module._parameters.update(own)
+            for key in own:
+                held[key][key] = own[key]
 
     return forward
 

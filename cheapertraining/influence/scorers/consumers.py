@@ -30,14 +30,15 @@ class Products:
     def __init__(self, directions: Mapping[str, torch.Tensor], units: Units) -> None:
         self._directions = directions
         first = next(iter(directions.values()))
-        self.scores = torch.zeros(units.count, len(first), dtype=torch.float64, device=first.device)
+        self._count = len(first)
+        self.scores = torch.zeros(units.count, self._count, dtype=torch.float64, device=first.device)
 
     def merges(self, name: str, units: Units) -> bool:
         """See :class:`~.backward.Consumer`."""
         return self._grouped(name, units, merged=True)
 
     def _grouped(self, name: str, units: Units, *, merged: bool) -> bool:
-        tokens, count = units.tokens / units.count, len(self._directions[name])
+        tokens, count = units.tokens / units.count, self._count
         # Seen from the direction's side, each token costs one product with each direction.
         return tokens * count > (0 if merged else tokens) + _FORMING + _READING * count
 

@@ -20,7 +20,7 @@ from cheapertraining.influence.parameters import Directions
 from cheapertraining.influence.scorers import SampleScores
 from cheapertraining.influence.scorers.backward import Watch, refuse_compiled, watched
 from cheapertraining.influence.scorers.consumers import Moment, Moments, Products
-from cheapertraining.influence.scorers.hook import directed_parameters
+from cheapertraining.influence.scorers.hook import directed_parameters, whole
 from cheapertraining.influence.scorers.sites import find_sites
 from cheapertraining.influence.scorers.units import Units
 
@@ -61,8 +61,8 @@ class FusedScorer:
         datainf: float | Mapping[str, float] | None = None,
     ) -> None:
         refuse_compiled(model)
-        self._directions = directions.tensors
         self._parameters = directed_parameters(model, directions)
+        self._directions = whole(model, self._parameters, directions)
         self._sites = find_sites(model, self._parameters)
         self._by, self._norms, self._datainf = by, norms, datainf
         self._taken: list[tuple[Products | Moments, torch.Tensor]] = []

@@ -22,7 +22,7 @@ from cheapertraining.influence.scorers.backward import Consumer, Watch, refuse_c
 from cheapertraining.influence.scorers.consumers import Dense, Moments, Products, Projected, Projection
 from cheapertraining.influence.scorers.sites import find_sites
 from cheapertraining.influence.scorers.units import Units
-from cheapertraining.influence.sharding import local
+from cheapertraining.influence.sharding import Gathered, Shards, gradients_set_aside, is_sharded, local
 
 __all__ = [
     "directed_parameters",
@@ -32,6 +32,7 @@ __all__ = [
     "hook_scores",
     "per_unit_gradients",
     "run_pass",
+    "whole",
 ]
 
 Batch = Mapping[str, torch.Tensor]
@@ -64,7 +65,7 @@ def hook_scores(
         squares = torch.stack([moment.gram.double() for moment in each]).sum(0)
         _check_finite(squares, found)
         return SampleScores(scores, found.tokens, found.losses, squares)
-    consumer = Products(directions.tensors, units)
+    consumer = Products(whole(model, parameters, directions), units)
     found = run_pass(model, parameters, batch, units, consumer)
     _check_finite(consumer.scores, found)
     return SampleScores(consumer.scores, found.tokens, found.losses)
@@ -166,7 +167,8 @@ def per_unit_gradients(
 
     At any time the gradients of one parameter exist; ``consume`` must not keep them, and must not run a backward pass.
     """
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    shards = Shards(model, parameters)
+    shapes = {name: shards.shape(name) for name in parameters}
     return run_pass(model, parameters, batch, _units(batch, by, parameters), Dense(shapes, consume))
 
 
@@ -174,8 +176,9 @@ _INPUTS = ("input_ids", "labels", "position_ids")
 
 
 def _moments(model: nn.Module, parameters: Parameters, batch: Batch, by: By, *, gram: bool) -> dict[str, torch.Tensor]:
+    shards = Shards(model, parameters)
     nothing = {
-        name: p.new_empty((0, *p.shape), dtype=torch.promote_types(p.dtype, torch.float32))
+        name: local(p).new_empty((0, *shards.shape(name)), dtype=torch.promote_types(p.dtype, torch.float32))
         for name, p in parameters.items()
     }
     consumer = Moments(nothing, gram=gram)
@@ -196,7 +199,9 @@ def run_pass(model: nn.Module, parameters: Parameters, batch: Batch, units: Unit
     check_vocabulary(inner, batch, "influence")
     anchor = torch.zeros((), device=next(iter(parameters.values())).device, requires_grad=True)
     watch = Watch(find_sites(inner, parameters), consumer, units, anchor)
-    with no_trace(inner), _frozen(inner), torch.set_grad_enabled(True), watched(watch):
+    # FSDP has its own copies of parameters: it forms and reduces their gradients in any case, and they are dropped.
+    untouched = gradients_set_aside(inner) if is_sharded(inner) else _frozen(inner)
+    with no_trace(inner), untouched, torch.set_grad_enabled(True), watched(watch):
         losses, counted = model_losses(inner, batch)
         torch.autograd.backward(losses.sum())
     watch.flush()
@@ -214,6 +219,12 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, required in before:
             parameter.requires_grad_(required)
+
+
+def whole(model: nn.Module, parameters: Parameters, directions: Directions) -> Mapping[str, torch.Tensor]:
+    """Directions ``[K, *shape]`` by parameter, gathered where the model is sharded."""
+    shards = Shards(model, parameters)
+    return Gathered(shards, directions.tensors) if shards.sharded else directions.tensors
 
 
 def directed_parameters(model: nn.Module, directions: Directions) -> dict[str, nn.Parameter]:
