@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cheapertraining.data import DatasetMixture, MixedDataset, PackedDataset, get_loader
-    from cheapertraining.influence import InfluenceAwareOptimizer, InfluenceConfig
+    from cheapertraining.influence import (
+        DataInfCalculator,
+        DiscriminativeGradientExtractor,
+        InfluenceAwareOptimizer,
+        InfluenceConfig,
+    )
     from cheapertraining.mixing import MixtureWeightCalculator, create_mixture_calculator
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DataInfCalculator": "cheapertraining.influence",
     "DatasetMixture": "cheapertraining.data",
+    "DiscriminativeGradientExtractor": "cheapertraining.influence",
     "InfluenceAwareOptimizer": "cheapertraining.influence",
     "InfluenceConfig": "cheapertraining.influence",
     "MixedDataset": "cheapertraining.data",
@@ -25,7 +32,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "DataInfCalculator",
     "DatasetMixture",
+    "DiscriminativeGradientExtractor",
     "InfluenceAwareOptimizer",
     "InfluenceConfig",
     "MixedDataset",

@@ -82,6 +82,8 @@ from cheapertraining.influence import (
     InfluenceAwareOptimizer,
 )
 from cheapertraining import MixtureWeightCalculator, InfluenceAwareOptimizer, InfluenceConfig, MixedDataset
+from cheapertraining import DataInfCalculator, DiscriminativeGradientExtractor
+from cheapertraining.training import PlateauEarlyStopping, ZClip
 from cheapertraining import DatasetMixture, PackedDataset, get_loader, create_mixture_calculator
 import cheapertraining.mixing
 import sys
@@ -450,3 +452,56 @@ def test_tracker_refuses_what_it_does_not_do(
     _, mixed_dataset, probes = create(tiny_sample, tokenizer)
     with pytest.raises(UserError, match=message):
         create_influence_tracker({"influence": {"enabled": True, **section}}, model, mixed_dataset, probes)
+
+
+def test_stage_3_is_told_what_is_wrong(model: LlamaForCausalLM) -> None:
+    """It passes keys that mean nothing here, and a calculator where the model belongs; each is said in a line."""
+    from cheapertraining import DiscriminativeGradientExtractor, InfluenceConfig, MixtureWeightCalculator
+
+    with pytest.raises(UserError, match=r"no setting is named 'lambda_val' .* Use 'lambda_reg'"):
+        InfluenceConfig(lambda_val=0.1, gamma_val=0.1, temperature=1.0)
+    extractor = DiscriminativeGradientExtractor(model, InfluenceConfig())
+    with pytest.raises(UserError, match=r"expected a torch\.nn\.Module, found DiscriminativeGradientExtractor"):
+        MixtureWeightCalculator(extractor)
+
+
+def test_gradients_of_samples_are_those_of_autograd(model: LlamaForCausalLM, tiny_sample: Path) -> None:
+    from cheapertraining import DiscriminativeGradientExtractor, get_loader
+    from cheapertraining.influence.model_access import sample_losses
+
+    extractor = DiscriminativeGradientExtractor(model)
+    batch = get_loader(tiny_sample / "data.yaml").mixture.draw("docs", 3, key=0)
+    found = extractor.compute_per_sample_gradients(batch)
+    weights = [model.model.embed_tokens.weight, model.lm_head.weight]
+    assert found.shape == (3, extractor.gradient_dim) == (3, sum(weight.numel() for weight in weights))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for row in range(3):
+        sums, _ = sample_losses(model.eval(), {name: part[row : row + 1] for name, part in batch.items()})
+        expected = torch.autograd.grad(sums.sum(), weights)
+        torch.testing.assert_close(found[row], torch.cat([part.flatten() for part in expected]), atol=1e-6, rtol=1e-4)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+def test_early_stopping_and_clipping_as_stage_2_uses_them(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    from cheapertraining.training import PlateauEarlyStopping, ZClip
+
+    stopper = PlateauEarlyStopping(patience=2, min_delta=0.01, mode="min", min_evals=3, enabled=True, rank=0)
+    zclip = ZClip(z_threshold=3.0, ema_decay=0.99)
+    ids = torch.arange(32)[None]
+    for step in range(30):
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        stats = zclip.clip(model)
+        assert isinstance(stats.raw_norm, float)
+        assert stats.clipped_norm <= stats.raw_norm
+        assert not stats.was_clipped
+        if stopper.check(1.0, step):
+            break
+    assert step == 2
+    assert (stopper.enabled, stopper.patience, stopper.min_delta) == (True, 2, 0.01)
+    again = PlateauEarlyStopping(patience=2, min_delta=0.01, mode="min", min_evals=3, enabled=True, rank=0)
+    again.load_state_dict(stopper.state_dict())
+    assert (again.best, again.wait) == (1.0, 2)
+    stopper.save_json(tmp_path)
+    assert (tmp_path / "early_stopping.json").is_file()
+    assert zclip.ema_mean is None  # they log moments only where there are some

@@ -20,7 +20,16 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("module", ["cheapertraining", "cheapertraining.data", "cheapertraining.influence"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "cheapertraining",
+        "cheapertraining.data",
+        "cheapertraining.influence",
+        "cheapertraining.mixing",
+        "cheapertraining.training",
+    ],
+)
 def test_light_parts_load_no_heavy_package(module: str) -> None:
     done = _run(sys.executable, "-c", f"import {module}; {PRINT_LOADED_HEAVY}")
     assert done.returncode == 0, done.stderr

@@ -6,12 +6,17 @@ Names that live in ``cheapertraining.mixing``, which is built on this package, a
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from cheapertraining.influence.calculator import DataInfCalculator, InfluenceCalculator
+from cheapertraining.influence.gradients import DiscriminativeGradientExtractor
 from cheapertraining.influence.losses import per_sample_loss, token_losses
 from cheapertraining.influence.optimizer import InfluenceAwareOptimizer
 from cheapertraining.influence.probes import ProbeBank
-from cheapertraining.influence.scorers import SourceInfluence
+from cheapertraining.influence.scorers import SampleScores, SourceInfluence
 from cheapertraining.influence.scorers.forward import forward_scores
+from cheapertraining.influence.scorers.fused import FusedScorer
+from cheapertraining.influence.scorers.hook import hook_scores
 from cheapertraining.influence.scorers.look_ahead import LookAheadEstimator
+from cheapertraining.influence.scorers.microbatch import MicrobatchScorer
 from cheapertraining.influence.settings import InfluenceConfig
 
 if TYPE_CHECKING:
@@ -25,16 +30,23 @@ if TYPE_CHECKING:
 _OF_MIXING = ("InfluenceTracker", "MixtureWeightCalculator", "create_influence_tracker", "create_mixture_calculator")
 
 __all__ = [
+    "DataInfCalculator",
+    "DiscriminativeGradientExtractor",
+    "FusedScorer",
     "InfluenceAwareOptimizer",
+    "InfluenceCalculator",
     "InfluenceConfig",
     "InfluenceTracker",
     "LookAheadEstimator",
+    "MicrobatchScorer",
     "MixtureWeightCalculator",
     "ProbeBank",
+    "SampleScores",
     "SourceInfluence",
     "create_influence_tracker",
     "create_mixture_calculator",
     "forward_scores",
+    "hook_scores",
     "per_sample_loss",
     "token_losses",
 ]
