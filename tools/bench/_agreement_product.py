@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from cheapertraining.influence.model_access import model_losses
 from cheapertraining.influence.parameters import Directions, select_parameters
 from cheapertraining.influence.preconditioners import EKFAC, KFAC, Adam, DataInf, LayerScale, Preconditioner
+from cheapertraining.influence.preconditioners.krylov import GGNConjugateGradient, LiSSA
 from cheapertraining.influence.scorers.hook import hook_norms, hook_scores, per_unit_gradients
 from cheapertraining.influence.scorers.microbatch import MicrobatchScorer
 from tools.bench._agreement_retrain import Trained
 from tools.bench._agreement_tasks import Batch, rows
 
-__all__ = ["SCALARS", "Scores", "directions_of", "estimates", "source_scalars"]
+__all__ = ["SCALARS", "Scores", "directions_of", "estimates", "gauss_newton", "lissa", "source_scalars"]
 
 Scores = dict[str, Tensor]
 """By estimator, float64 `[N, Q]`: positive where the training sample helps the query."""
@@ -84,6 +87,29 @@ def _over_checkpoints(run: Trained, combine: bool) -> Tensor:
         for rate, model in run.checkpoints
     ]
     return torch.stack(parts).sum(0)
+
+
+def gauss_newton(run: Trained, *, combine: bool = False, tolerance: float = 0.01) -> Scores:
+    """By conjugate gradients, damped by the weight decay of training; in float32, where a model is not very small."""
+    model = run.model if run.task.name.endswith("digits") else copy.deepcopy(run.model).float()
+    directions = directions_of(model, run.task.query, combine=combine)
+    method = GGNConjugateGradient(select_parameters(model), damping=_damping(run), tolerance=tolerance)
+    solved = method.fit(model, [run.task.train]).apply(directions)
+    return {"ggn_cg": hook_scores(model, solved, run.task.train).scores}
+
+
+def lissa(run: Trained, *, combine: bool = False) -> Scores:
+    """LiSSA, with the same matrix and damping."""
+    directions = directions_of(run.model, run.task.query, combine=combine)
+    method = LiSSA(select_parameters(run.model), damping=_damping(run), terms=50)
+    solved = method.fit(run.model, [run.task.train]).apply(directions)
+    return {"lissa, 50 terms": hook_scores(run.model, solved, run.task.train).scores}
+
+
+def _damping(run: Trained) -> float:
+    """Weight decay belongs to the mean loss of a token, the package's matrices to the summed loss of a sample."""
+    labels = run.task.train["labels"]
+    return run.task.recipe.decay * float(labels[:, 1:].ge(0).sum()) / len(labels)
 
 
 def source_scalars(run: Trained) -> Scores:

@@ -155,7 +155,7 @@ def flipped_digits(seed: int, train: int = 800, queries: int = 200, share: float
     return Task("flipped digits", seed, task.model, flipped, task.query, target, task.query_source, task.recipe), wrong
 
 
-def language(seed: int, train: int = 96, queries: int = 32) -> Task:
+def language(seed: int, train: int = 96, queries: int = 24) -> Task:
     """Documents of 48 bytes from four domains: prose, Python, tables of numbers, names of characters."""
     texts = _domains()
     rng = np.random.default_rng(seed)

@@ -27,7 +27,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,7 @@ from cheapertraining.influence.parameters import select_parameters
 from cheapertraining.influence.scorers.hook import hook_norms
 from tools.bench import _agreement_dense as dense
 from tools.bench._agreement_metrics import area_under_curve, correlation, mean_and_error, spearman
-from tools.bench._agreement_product import Scores, estimates, source_scalars
+from tools.bench._agreement_product import Scores, estimates, gauss_newton, lissa, source_scalars
 from tools.bench._agreement_retrain import Ensemble, Trained, load, mixtures, subsets, train
 from tools.bench._agreement_tasks import digits, flipped_digits, language
 
@@ -58,10 +58,11 @@ class Size:
     digits: int
     language: int
     mixtures: int
+    slow: bool = True  # with the estimators that take longest
 
 
 FULL = Size(seeds=3, digits=256, language=64, mixtures=24)
-QUICK = Size(seeds=1, digits=64, language=16, mixtures=12)
+QUICK = Size(seeds=1, digits=64, language=16, mixtures=12, slow=False)
 
 
 def agreement(scores: Mapping[str, Tensor], ensemble: Ensemble, groups: Tensor | None = None) -> Column:
@@ -88,6 +89,8 @@ def digits_seed(seed: int, size: Size, cache: Path | None) -> tuple[dict[str, Co
     task = digits(seed)
     run = train(task)
     scores = estimates(run) | exact(run)
+    if size.slow:
+        scores |= gauss_newton(run) | lissa(run)
     reference = scores["GGN, exact"].numpy()
     return {
         "digits LDS": agreement(scores, load(task, subsets(task, size.digits), cache)),
@@ -101,6 +104,8 @@ def language_seed(seed: int, size: Size, cache: Path | None) -> tuple[dict[str, 
     task = language(seed)
     run = train(task)
     scores = estimates(run)
+    if size.slow:
+        scores |= gauss_newton(run, tolerance=0.05)
     mixed = load(task, mixtures(task, size.mixtures), cache)
     wide = scores | source_scalars(run)
     return {
@@ -114,7 +119,8 @@ def mislabelled_seed(seed: int) -> Column:
     """Areas under curves of finding the wrong labels: what harms the queries, or stands out, is suspicious."""
     task, wrong = flipped_digits(seed)
     run = train(task)
-    suspicion = {name: -values[:, 0] for name, values in estimates(run, combine=True).items()}
+    scores = estimates(run, combine=True) | gauss_newton(run, combine=True) | lissa(run, combine=True)
+    suspicion = {name: -values[:, 0] for name, values in scores.items()}
     suspicion["self"] = hook_norms(run.model, select_parameters(run.model), run.task.train)
     suspicion["loss"] = unit_losses(run.model, run.task.train, "sample")[0].detach()
     return {name: np.array([area_under_curve(values.numpy(), wrong.numpy())]) for name, values in suspicion.items()}
@@ -177,7 +183,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     size = QUICK if arguments.quick else FULL
-    size = Size(arguments.seeds or size.seeds, size.digits, size.language, size.mixtures)
+    size = replace(size, seeds=arguments.seeds or size.seeds)
     start = time.process_time()
     found, worst = measure(size, arguments.cache)
     table = summary(found)
