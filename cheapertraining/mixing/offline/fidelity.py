@@ -4,9 +4,12 @@
 of those predictions with the losses is what counts for choosing a mixture.
 
 *Bootstrap.* The Bayesian one (Rubin 1981): instead of drawing runs again, each run gets a random weight, ``N`` times a
-flat Dirichlet draw, and laws and optimum are fitted anew. No run is ever left out altogether, so a fit with hardly
-more runs than parameters stays possible. Quantiles over the draws are intervals for the weights, the laws' values, and
-the gain over the prior.
+symmetric Dirichlet draw, and laws and optimum are fitted anew. No run is ever left out altogether, so a fit with hardly
+more runs than parameters stays possible. The draw's concentration is ``(N - P) / N`` with P parameters (1 would be
+Rubin's): residuals of a fit are smaller than the noise by that factor, in variance. Quantiles over the draws are
+intervals for the weights, the laws' values, and the gain over the prior. They say what chance did to these runs, not
+whether the law is right: on laws that hold, intervals of 90 % for a law's value hold it 83 times in 100 (40 runs of 4
+sources), and those for a new run's loss 89 times. From 64 runs of 17 sources the latter are too wide (97).
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cheapertraining.mixing.offline.law import RIDGE, LogLinearLaw, fit_law
+from cheapertraining.mixing.offline.law import LogLinearLaw, fit_law
 from cheapertraining.mixing.offline.optimum import optimal_mixture
 from cheapertraining.mixing.offline.table import RunTable
 from cheapertraining.mixing.signals import Array
@@ -136,7 +139,6 @@ def bootstrap(
     *,
     draws: int = 200,
     seed: int = 0,
-    ridge: float = RIDGE,
     target_weights: Array | None = None,
     within: tuple[Array, Array, Array, float] | None = None,
 ) -> Bootstrap:
@@ -147,19 +149,19 @@ def bootstrap(
         laws: fitted to all of them, ``[M]``; each draw begins there.
         draws: how many, D.
         seed: of the weights.
-        ridge: as the laws were fitted with.
         target_weights: ``[M]``, any scale; None: equal.
         within: prior, lower, upper ``[K]`` and kl of :func:`optimal_mixture`, to have each draw's optimum too.
     """
     rng = np.random.default_rng(seed)
     v = np.ones(len(laws)) if target_weights is None else target_weights
+    runs, sources = table.weights.shape
+    concentration = max((runs - sources - 1) / runs, 0.25)
     fitted, optima = [], []
     begin = None
     for _ in range(draws):
-        weights = rng.dirichlet(np.ones(len(table.runs))) * len(table.runs)
+        weights = rng.dirichlet(np.full(runs, concentration)) * runs
         drawn = tuple(
-            fit_law(table.weights, table.losses[:, m], run_weights=weights, ridge=ridge, start=law)
-            for m, law in enumerate(laws)
+            fit_law(table.weights, table.losses[:, m], run_weights=weights, start=law) for m, law in enumerate(laws)
         )
         fitted.append(drawn)
         if within is not None:
@@ -167,4 +169,4 @@ def bootstrap(
             found = optimal_mixture(drawn, prior, lower, upper, kl=kl, target_weights=v, start=begin, tolerance=1e-5)
             begin = found.weights if begin is None else begin
             optima.append(found.weights)
-    return Bootstrap(tuple(fitted), np.array(optima).reshape(-1, table.weights.shape[1]), v / v.sum())
+    return Bootstrap(tuple(fitted), np.array(optima).reshape(-1, sources), v / v.sum())

@@ -35,6 +35,8 @@ __all__ = ["Optimum", "mixture_bounds", "optimal_mixture"]
 _SMALLEST = 1e-30
 """Weights are kept from falling below this on the way, so that they can come back."""
 _NOTHING = 1e-12
+_FARTHEST = 200.0
+"""Nats that one step may change the ratio of two weights by."""
 _STEPS = 5000
 
 
@@ -161,11 +163,13 @@ class _Search:
         return result
 
     def project(self, wish: Array) -> Array:
-        return project_kl(np.where(self.upper > 0, np.maximum(wish, _SMALLEST), 0.0), self.lower, self.upper)
+        return project_kl(np.where(self.upper > 0, wish, 0.0), self.lower, self.upper)
 
     def step(self, w: Array, eta: float) -> tuple[Array, float]:
         """Return the next mixture and the step size to try then."""
         here, slope = self.loss(w), self.slope(w)
+        # A capped source may take the lead by any factor: what the others' ratios are must survive in floats.
+        eta = min(eta, _FARTHEST / max(float(np.ptp(slope)), 1e-30))
         log_w, log_prior = np.log(np.maximum(w, _SMALLEST)), np.log(np.maximum(self.prior, _SMALLEST))
         while True:
             wish = (log_w + eta * self.kl * log_prior - eta * slope) / (1 + eta * self.kl)
