@@ -15,6 +15,7 @@ from cheapertraining.influence.losses import token_losses
 from cheapertraining.influence.parameters import Directions, select_parameters
 from cheapertraining.influence.preconditioners import EKFAC, KFAC, Schedule, upkeep
 from cheapertraining.influence.preconditioners.factors import Basis, Sums
+from cheapertraining.influence.scorers.fused import FusedScorer
 from tests.influence.tiny_llama import Batch, random_batch, tiny_llama
 
 WHOLE = Schedule(fraction=1.0, decay=1.0)
@@ -176,6 +177,19 @@ def test_an_observation_that_is_not_finite_teaches_nothing() -> None:
     with kept.observing(model, batch):
         backward(model, batch, float("inf"))
     close(kept.apply(u), expected, 1e-12)
+
+
+def test_fused_scores_and_observation_share_a_pass() -> None:
+    model, batch = tiny_llama().eval(), random_batch(4, 1)
+    parameters = select_parameters(model)
+    u = some_directions(parameters)
+    alone, both, kept = FusedScorer(model, u), FusedScorer(model, u), KFAC(parameters, schedule=WHOLE)
+    with alone.armed(batch):
+        backward(model, batch, 1.0)
+    with both.armed(batch), kept.observing(model, batch):
+        backward(model, batch, 1.0)
+    torch.testing.assert_close(both.collect().scores, alone.collect().scores, rtol=1e-10, atol=1e-10)
+    close(kept.apply(u), KFAC(parameters, labels="given").fit(model, [batch]).apply(u))
 
 
 def test_a_pass_without_backward_is_refused() -> None:

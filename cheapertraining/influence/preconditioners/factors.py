@@ -57,9 +57,14 @@ class Sums:
         """A number among the sums; 0 where there is none."""
         return float(self.tensors[key]) if key in self.tensors else 0.0
 
-    def over_ranks(self) -> Sums:
-        """Means of the sums over all ranks: quotients of two of them are those of the whole. A collective call."""
-        means = Sums({key: self.tensors[key].clone() for key in sorted(self.tensors)})
+    def over_ranks(self, *without: str) -> Sums:
+        """Means of the sums over all ranks: quotients of two of them are those of the whole. A collective call.
+
+        Args:
+            without: beginnings of keys that are left out.
+        """
+        kept = [key for key in sorted(self.tensors) if not key.startswith(without)]
+        means = Sums({key: self.tensors[key].clone() for key in kept})
         for tensor in means.tensors.values():
             sum_over_ranks(tensor)
             tensor.div_(rank_and_world()[1])

@@ -235,19 +235,13 @@ def sampled_labels(model: nn.Module, batch: Batch, generator: torch.Generator) -
         model: looked at in evaluation mode.
         batch: on the model's device.
         generator: on the same; no other is drawn from.
-
-    Raises:
-        UserError: the model's outputs are not finite.
     """
     with no_trace(model), torch.no_grad():
         logits = model_logits(model, batch)[:, :-1]
     reshard(model)
-    if not bool(torch.isfinite(logits).all()):
-        raise UserError(
-            "influence: expected finite outputs of the model to draw labels from, found NaN or infinity. Fit on a "
-            "model whose loss is finite."
-        )
     chances = torch.softmax(wide(logits), -1)
+    # Any label will do where there is no telling: its gradient is not finite either, on which all ranks agree later.
+    chances = torch.where(torch.isfinite(chances).all(-1, keepdim=True), chances, 1.0)
     drawn = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view(chances.shape[:2])
     labels = batch["labels"].clone()
     labels[:, 1:] = torch.where(labels[:, 1:] == IGNORED, IGNORED, drawn)

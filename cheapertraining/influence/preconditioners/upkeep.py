@@ -93,14 +93,14 @@ class Upkeep:
             self._launch()
 
     def current(self) -> tuple[Sums, dict[str, Basis]] | None:
-        """Sums over all ranks, and the basis; None before anything was seen. A collective call."""
+        """Sums over all ranks less the factors, and the basis; None before anything was seen. A collective call."""
         if not self._sums.tensors:
             return None
         if not self._bases:
             if self._next is None:
                 self._launch()
             self._swap()
-        return self._sums.over_ranks(), self._bases
+        return self._sums.over_ranks("left/", "right/"), self._bases
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`~cheapertraining.influence.preconditioners.kronecker.KFAC.state_dict`."""
@@ -123,10 +123,8 @@ class Upkeep:
 
     def _launch(self) -> None:
         self._swap_at = self._observations + self._schedule.lag
-        snapshot = self._sums.over_ranks()
-        factors = Sums({k: v for k, v in snapshot.tensors.items() if not k.startswith("squares/")})
         executor = ThreadPoolExecutor(1, thread_name_prefix="eigen-decomposition")
-        self._next = executor.submit(decomposed, factors)
+        self._next = executor.submit(decomposed, self._sums.over_ranks("squares/"))
         executor.shutdown(wait=False)
 
     def _swap(self) -> None:
