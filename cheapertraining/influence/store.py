@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -115,7 +116,7 @@ class Parts:
         """Commit a part: once this returns it survives a kill and a power cut.
 
         Raises:
-            UserError: a number in it is not finite.
+            UserError: a number in it is not finite, or the disk is full.
         """
         if not np.isfinite(records["values"]).all():
             row = int(np.flatnonzero(~np.isfinite(records["values"]).all(axis=1))[0])
@@ -124,11 +125,19 @@ class Parts:
                 f"{records['sample_id'][row]}. Check the model (has its training diverged?), or use float32."
             )
         unfinished = self._unfinished(number)
-        with unfinished.open("wb") as handle:
-            np.save(handle, np.ascontiguousarray(records), allow_pickle=False)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(unfinished, self.path(number))
+        try:
+            with unfinished.open("wb") as handle:
+                np.save(handle, np.ascontiguousarray(records), allow_pickle=False)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(unfinished, self.path(number))
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            free = shutil.disk_usage(self.folder).free / 2**20
+            raise UserError(
+                f"{self.path(number)}: cannot be written ({error.strerror or error}; {free:.0f} MiB free). Make room "
+                "and resume: the parts before it are kept."
+            ) from error
 
     def read(self, number: int) -> Records:
         """The records of a part, a read-only memory map.

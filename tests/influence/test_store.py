@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -160,6 +161,18 @@ class TestRefused:
         with pytest.raises(UserError, match="found NaN or infinity for sample 102"):
             store.write(1, units_of(1), gradients_of(1) * torch.tensor([1, 1, 1e9, 1, 1, 1, 1])[:, None])
         assert store.parts.missing() == [0, 1, 2]
+
+    def test_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        store = GradientStore(tmp_path / "s", WIDTHS, 3, IDENTITY)
+
+        def no_room(handle: Any, *_: Any, **__: Any) -> None:
+            handle.write(b"half a part")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(np, "save", no_room)
+        with pytest.raises(UserError, match=r"cannot be written \(No space left on device; \d+ MiB free\)"):
+            store.write(1, units_of(1), gradients_of(1))
+        assert [file.name for file in (tmp_path / "s").iterdir()] == ["meta.json"]
 
     def test_probe_mode_and_damping(self, store: GradientStore, probes: torch.Tensor) -> None:
         with pytest.raises(UserError, match="expected probes of 10 columns, found 9"):

@@ -85,6 +85,10 @@ def _open(job: ScoringJob) -> tuple[tuple[ShardSet, ...], dict[str, ShardSet]]:
 
 def _make_room(job: ScoringJob) -> None:
     """Refuse to touch what is there, unless the job says what to do with it."""
+    if job.out.is_dir():
+        raise UserError(
+            f"--out: expected a file, found the folder {job.out}. Name a file in it, such as scores.parquet."
+        )
     if job.overwrite:
         job.out.unlink(missing_ok=True)
         shutil.rmtree(job.parts_folder, ignore_errors=True)
