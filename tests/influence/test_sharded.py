@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from tests.influence.sharded_ranks import CASES, results, run
-from tests.influence.tiny_llama import tiny_llama
+from tests.influence.sharded_ranks import CASES, plain, results, run
 
 WORLD = 2
 pytestmark = pytest.mark.slow
@@ -24,7 +23,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[torch.dtype, dict[str, Any]]:
-    return {dtype: results(tiny_llama(dtype=dtype), 0, 1) for dtype in (torch.float64, torch.float32)}
+    return {dtype: results(plain(dtype), 0, 1) for dtype in (torch.float64, torch.float32)}
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, error: float) -> None:

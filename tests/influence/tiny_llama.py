@@ -12,7 +12,9 @@ VOCABULARY, LENGTH = 50, 24
 Batch = dict[str, torch.Tensor]
 
 
-def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float64, *, tied: bool = True) -> LlamaForCausalLM:
+def tiny_llama(
+    seed: int = 0, dtype: torch.dtype = torch.float64, *, tied: bool = True, exact_norms: bool = True
+) -> LlamaForCausalLM:
     """Weights are large enough that attention is not uniform."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -30,7 +32,7 @@ def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float64, *, tied: bool 
     model = LlamaForCausalLM(config)
     for module in model.modules():
         for name, child in module.named_children():
-            if type(child).__name__ == "LlamaRMSNorm":
+            if exact_norms and type(child).__name__ == "LlamaRMSNorm":
                 # Transformers' own works in float32 whatever the parameters are, too coarse for a reference.
                 setattr(module, name, torch.nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
     return model.to(dtype)

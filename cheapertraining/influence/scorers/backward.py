@@ -312,8 +312,8 @@ def _norm(watch: Watch, site: Site, original: Forward) -> Forward:
             return original(*inputs, **named)
         lead = (inputs[0] if inputs else next(iter(named.values()))).shape
         own = {key: getattr(module, key) for key in site.parameters}
-        # FSDP1 puts what it has gathered beside the parameters.
-        held = {key: module._parameters if key in module._parameters else module.__dict__ for key in own}
+        # FSDP1 puts what it has gathered in front of the parameters.
+        held = {key: module.__dict__ if key in module.__dict__ else module._parameters for key in own}
         try:
             for key, name in site.parameters.items():
                 shape = lead[: len(lead) - own[key].dim()] + own[key].shape
