@@ -2,9 +2,10 @@
 
 Liu et al. 2024, arXiv 2407.01492: LightGBM with 1,000 trees at learning rate 0.01, a model a target; many mixtures are
 drawn around the prior, and the proposal is the mean of those with the least predicted loss. Here the trees are
-scikit-learn's (histogram-based, as LightGBM's are). They are the baseline for the law. On RegMix's tables they rank runs
-of the size they were fitted to better from 128 runs on, and runs of 1B parameters worse for Pile-CC (0.90 against 0.98
-from 64 runs) but slightly better on average over all 13 targets (0.912 against 0.905; ``tools/bench/mixing_law.py``).
+scikit-learn's (histogram-based, as LightGBM's are). They are the baseline for the law. On RegMix's tables they rank
+runs of the size they were fitted to better from 128 runs on, and runs of 1B parameters worse for Pile-CC (0.90 against
+0.98 from 64 runs) but slightly better on average over all 13 targets (0.912 against 0.905): see
+``tools/bench/mixing_law.py``.
 
 A leaf holds ``clip(N / 12, 5, 20)`` runs at least: 20 is LightGBM's default, with which 34 runs give no tree at all.
 """
