@@ -173,6 +173,8 @@ class ProbeBank:
         A collective call. Tensors are whole and on the CPU, ``{name: [K, *full]}``, so that another number of ranks
         can take them over; without any where each step makes its own.
         """
+        if self._restored is not None:
+            return dict(self._restored)
         if self._cache is None or self.refresh_every == 1:
             return {"version": _STATE_VERSION}
         cached = self._cache

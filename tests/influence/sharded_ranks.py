@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -20,6 +30,7 @@ from cheapertraining.errors import UserError
 from cheapertraining.influence import LookAheadEstimator, ProbeBank, forward_scores
 from cheapertraining.influence.model_access import sample_losses, unwrap
 from cheapertraining.influence.parameters import Directions, select_parameters
+from cheapertraining.influence.scorers.forward import check_precision
 from cheapertraining.influence.scorers.fused import FusedScorer
 from cheapertraining.influence.scorers.hook import hook_scores
 from cheapertraining.influence.scorers.microbatch import MicrobatchScorer, source_microbatches
@@ -149,7 +160,6 @@ def leaves_no_trace(model: nn.Module) -> None:
 
 def refusals(model: nn.Module, rank: int) -> dict[str, str]:
     """Each is to end on all ranks with the same words, and not to hang."""
-    found = {}
     parameters = select_parameters(model)
     directions, _ = ProbeBank({"p": probe_loader()}, samples=2).directions(model, 0, parameters)
 
@@ -166,7 +176,46 @@ def refusals(model: nn.Module, rank: int) -> dict[str, str]:
         "marks": lambda: marks([0] * (1 + rank)),
         "sources": lambda: marks([0, rank]),
         "jvp": lambda: forward_scores(model, directions, random_batch(1, 0), method="jvp"),
+        "put off": lambda: put_off(model, directions),
     }
+    return refused(attempts)
+
+
+def put_off(model: nn.Module, directions: Directions) -> None:
+    """Gradients that FSDP has not reduced yet, between the microbatches of a step."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(False)
+    with model.no_sync() if isinstance(model, FullyShardedDataParallel) else contextlib.nullcontext():
+        scorer = MicrobatchScorer(model, directions, SOURCES)
+        scorer.begin()
+        scorer.mark(0, 1)
+
+
+def wrappings() -> dict[str, str]:
+    """Ways to spread a model that influence does not measure."""
+    half = torch.bfloat16
+    cpu: dict[str, Any] = {"device_id": torch.device("cpu")}
+    spread = tiny_llama()
+    head = spread.model.layers[0].mlp.down_proj
+    head.weight = nn.Parameter(distribute_tensor(head.weight.data, init_device_mesh("cpu", (2,)), [Shard(0)]))
+    models = {
+        "flat": FullyShardedDataParallel(tiny_llama(), use_orig_params=False, **cpu),
+        "tensor parallel": spread,
+        "fsdp in half": FullyShardedDataParallel(
+            plain(torch.float32), use_orig_params=True, mixed_precision=MixedPrecision(param_dtype=half), **cpu
+        ),
+        "fsdp2 in half": fully_shard(plain(torch.float32), mp_policy=MixedPrecisionPolicy(param_dtype=half)),
+    }
+
+    def attempt(model: nn.Module) -> None:
+        unwrap(model)
+        check_precision(model)
+
+    return refused({name: partial(attempt, model) for name, model in models.items()})
+
+
+def refused(attempts: Mapping[str, Callable[[], object]]) -> dict[str, str]:
+    found = {}
     for name, attempt in attempts.items():
         try:
             attempt()
@@ -184,7 +233,7 @@ def run(rank: int, world: int, folder: str) -> None:
         leaves_no_trace(wrapped(case))
         found[case]["scale"] = gradient_scale(wrapped(case))
     found["refusals"] = {case: refusals(wrapped(case), rank) for case in ("ddp", "fsdp", "fsdp2")}
-    found["unwrap"] = unwrap(wrapped("fsdp2")) is not None
+    found["wrappings"] = wrappings()
     torch.save(found, Path(folder) / f"rank{rank}.pt")
     dist.barrier()
     # Not by way of the destructors: torch's reducer may wait there, holding the interpreter's lock, for a thread of

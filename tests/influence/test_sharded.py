@@ -101,4 +101,15 @@ def test_ranks_that_differ_are_refused_on_all(case: str, ranks: list[dict[str, A
     assert "equally many passes over probe 'p' on each rank, found [4, 2]" in first["passes"]
     assert "equally many microbatches marked for influence on each rank, found [1, 2]" in first["marks"]
     assert "the same source on all ranks at a time, found sources 0 to 1 in microbatch 1" in first["sources"]
-    assert ("jvp" in first) == (case != "ddp")
+    assert ("jvp" in first) == ("put off" in first) == (case != "ddp")
+    if case != "ddp":
+        assert "method 'jvp': expected whole parameters on each rank" in first["jvp"]
+        assert "expected FSDP to reduce the gradients of every microbatch" in first["put off"]
+
+
+def test_other_ways_to_spread_a_model_are_refused(ranks: list[dict[str, Any]]) -> None:
+    found = ranks[0]["wrappings"]
+    assert "with use_orig_params=True, found flat parameters" in found["flat"]
+    assert "found model.layers.0.mlp.down_proj.weight as (Shard(dim=0),)" in found["tensor parallel"]
+    for name in ("fsdp in half", "fsdp2 in half"):
+        assert "gather parameters in float32, found mixed precision torch.bfloat16" in found[name]
