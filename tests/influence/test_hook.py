@@ -308,3 +308,17 @@ def test_a_layer_over_something_else_than_tokens() -> None:
         hook_scores(model, directions_for(model), plain_batch(4, 0))
     rest = directions_for(model, layers=["embedding.*", "head.*"])  # type: ignore[arg-type]
     assert hook_scores(model, rest, plain_batch(4, 0)).scores.shape == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.Embedding(VOCABULARY, 4, scale_grad_by_freq=True), "without scale_grad_by_freq.*'0'"),
+        (nn.BatchNorm1d(4), "found BatchNorm1d at '0'"),
+        (nn.Conv1d(4, 4, 1), "found Conv1d at '0'"),
+    ],
+)
+def test_layers_whose_gradients_are_not_sums_over_tokens(layer: nn.Module, message: str) -> None:
+    model = nn.Sequential(layer)
+    with pytest.raises(UserError, match=message):
+        hook_scores(model, directions_for(model), plain_batch(2, 0))

@@ -57,15 +57,16 @@ def hook_scores(
     """
     parameters = directed_parameters(model, directions)
     units = _units(batch, by, parameters)
+    tensors = whole(model, parameters, directions)
     if norms:
-        moments = Moments(directions.tensors, gram=False)
+        moments = Moments(tensors, gram=False)
         found = run_pass(model, parameters, batch, units, moments)
         each = moments.found.values()
         scores = torch.stack([moment.products.double() for moment in each]).sum(0)
         squares = torch.stack([moment.gram.double() for moment in each]).sum(0)
         _check_finite(squares, found)
         return SampleScores(scores, found.tokens, found.losses, squares)
-    consumer = Products(whole(model, parameters, directions), units)
+    consumer = Products(tensors, units)
     found = run_pass(model, parameters, batch, units, consumer)
     _check_finite(consumer.scores, found)
     return SampleScores(consumer.scores, found.tokens, found.losses)

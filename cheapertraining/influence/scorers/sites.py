@@ -62,10 +62,18 @@ def _kind(name: str, module: nn.Module) -> Kind:
     if isinstance(module, nn.Linear):
         return "linear"
     if isinstance(module, nn.Embedding):
+        for setting in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(module, setting):
+                raise UserError(
+                    f"influence: expected an embedding without {setting}, with which gradients are no sums over "
+                    f"tokens, found '{name}'. Leave it out with `layers`, or use the forward scorer."
+                )
         return "embedding"
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers': told by name, not imported
         return "conv1d"
-    if all(parameter.dim() == 1 for parameter in module.parameters(recurse=False)) and "Norm" in type(module).__name__:
+    over_tokens = (nn.GroupNorm, nn.modules.batchnorm._NormBase)  # statistics over more than a token
+    flat = all(parameter.dim() == 1 for parameter in module.parameters(recurse=False))
+    if flat and "Norm" in type(module).__name__ and not isinstance(module, over_tokens):
         return "elementwise"
     raise UserError(
         f"influence: expected Linear, Embedding, Conv1D or norm layers, found {type(module).__name__} at '{name}'. "

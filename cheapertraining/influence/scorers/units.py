@@ -36,6 +36,7 @@ class Units:
         if by == "document":
             lengths = torch.bincount(self._index, minlength=self.count)
             self.bounds = [0, *lengths.cumsum(0).tolist()]
+        self._scratch: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -54,6 +55,13 @@ class Units:
         """Loss-counting tokens of each unit, int64 ``[N]``, from bool ``[B, S]``."""
         counts = counted.reshape(-1).long()
         return torch.zeros(self.count, dtype=torch.int64, device=counts.device).index_add_(0, self._index, counts)
+
+    def scratch(self, elements: int, like: torch.Tensor) -> torch.Tensor:
+        """Memory to write to, the same at each call: what is fetched from the system anew costs as much as it holds."""
+        held = self._scratch
+        if held is None or len(held) < elements or held.dtype != like.dtype:
+            held = self._scratch = like.new_empty(elements)
+        return held[:elements]
 
     def of_tokens(self) -> torch.Tensor:
         """int64 ``[B * S]``."""
@@ -116,12 +124,12 @@ def blocks(
         gradient: where to write the sum over the units, ``[R, C]``.
 
     Yields:
-        the rows, and ``[N, r, C]``, overwritten by the next.
+        the rows, and ``[N, r, C]``, overwritten by the next and by any other use of the units' scratch memory.
     """
     dense = next((f.left for f in factors if not f.one_hot), factors[0].right)
     limit = _CUDA_BLOCK if dense.is_cuda else _CPU_BLOCK
     step = max(1, min(shape[0], limit // (units.count * shape[1] * dense.element_size())))
-    buffer = dense.new_empty(units.count * step * shape[1])
+    buffer = units.scratch(units.count * step * shape[1], dense)
     for start in range(0, shape[0], step):
         rows = slice(start, min(start + step, shape[0]))
         block = buffer[: units.count * (rows.stop - start) * shape[1]].view(units.count, rows.stop - start, shape[1])
