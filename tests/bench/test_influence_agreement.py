@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sklearn.metrics
+import sklearn.metrics  # type: ignore[import-untyped]
 import torch
 
 from tools.bench import _agreement_dense as dense
 from tools.bench import _agreement_retrain as retraining
 from tools.bench import influence_agreement
+from tools.bench._agreement_lora import template_areas
 from tools.bench._agreement_metrics import area_under_curve, mean_and_error, spearman
 from tools.bench._agreement_product import Scores, estimates, gauss_newton, source_scalars
 from tools.bench._agreement_retrain import Trained, load, mixtures, query_losses, subsets, train, train_stack
@@ -122,7 +123,7 @@ def test_metrics_are_those_of_others() -> None:
     scores, positive = rng.integers(0, 9, 60).astype(float), rng.random(60) < 0.3
     assert area_under_curve(scores, positive) == pytest.approx(sklearn.metrics.roc_auc_score(positive, scores))
     ranks = np.array([[1.0, 5.0], [2.0, 4.0], [30.0, 3.0]])
-    assert spearman(ranks, ranks**3 * [1, -1]).tolist() == pytest.approx([1.0, -1.0])
+    assert spearman(ranks, ranks**3 * np.array([1.0, -1.0])).tolist() == pytest.approx([1.0, -1.0])
     values = rng.normal(size=400)
     assert mean_and_error([values]) == pytest.approx((values.mean(), values.std() / 20), rel=0.1)
     assert mean_and_error([np.array([1.0]), np.array([2.0]), np.array([3.0])]) == pytest.approx((2.0, 1 / 3**0.5))
@@ -136,6 +137,7 @@ def test_command_prints_the_table_and_writes_it(
     monkeypatch.setattr(module, "language", lambda seed: short(language(seed, 8, 4), 4))
     flipped, wrong = flipped_digits(0, 40, 5)
     monkeypatch.setattr(module, "flipped_digits", lambda seed: (short(flipped, 10), wrong))
+    monkeypatch.setattr(module, "template_areas", lambda seed: template_areas(seed, 4, 1, pretraining=3, steps=3))
     monkeypatch.setattr(module, "QUICK", module.Size(seeds=1, digits=4, language=3, mixtures=3, slow=False))
     monkeypatch.setattr(sys, "argv", ["influence_agreement.py", "--quick", "--json", str(tmp_path / "table.json")])
     module.main()

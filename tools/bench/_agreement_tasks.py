@@ -21,10 +21,21 @@ from torch import Tensor, nn
 
 from cheapertraining.influence.losses import IGNORED
 
-__all__ = ["DOMAINS", "Batch", "Output", "Recipe", "Task", "digits", "flipped_digits", "language", "rows"]
+__all__ = [
+    "LENGTH",
+    "Batch",
+    "Output",
+    "Recipe",
+    "Task",
+    "digits",
+    "flipped_digits",
+    "language",
+    "language_model",
+    "prose",
+    "rows",
+]
 
 Batch = dict[str, Tensor]
-DOMAINS = ("prose", "code", "numbers", "names")
 CLASSES, PIXELS, HIDDEN = 10, 64, 24
 BYTES, LENGTH, WIDTH, HEADS = 128, 48, 40, 4
 
@@ -172,13 +183,24 @@ def language(seed: int, train: int = 96, queries: int = 24) -> Task:
     return Task(
         name="language",
         seed=seed,
-        model=_model(ByteLM, seed),
+        model=language_model(seed),
         train=rows(batch, ~is_query),
         query=rows(batch, is_query),
         source=sources[~is_query],
         query_source=sources[is_query],
         recipe=Recipe(steps=40, rate=0.005, decay=1e-2),
     )
+
+
+def language_model(seed: int) -> nn.Module:
+    """The byte-level model with fresh weights."""
+    return _model(ByteLM, seed)
+
+
+def prose(count: int = 2000) -> Batch:
+    """Documents of the first domain alone, one after another."""
+    text = _domains()[0]
+    return _documents([text[start : start + LENGTH] for start in range(0, count * LENGTH, LENGTH)])
 
 
 def _model(kind: type[nn.Module], seed: int) -> nn.Module:
