@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from cheapertraining.errors import UserError
 from cheapertraining.influence.model_access import sample_losses
 from cheapertraining.influence.parameters import Directions, select_parameters
 from cheapertraining.influence.preconditioners import EKFAC, DataInf, GGNConjugateGradient, Preconditioner, Schedule
 from cheapertraining.influence.sharding import Shards
 from tests.influence.sharded_ranks import wrapped
-from tests.influence.tiny_llama import Batch, random_batch
+from tests.influence.tiny_llama import Batch, random_batch, tiny_llama
 
 CASES = ("ddp", "fsdp", "fsdp2")
 
@@ -62,10 +63,24 @@ def results(model: nn.Module, rank: int, world: int, *, sharded: bool) -> dict[s
     return found
 
 
+def refusals(rank: int) -> list[str]:
+    """Each is to end on all ranks with the same words, and not to hang."""
+    model, found = tiny_llama(), []
+    parameters, batch = select_parameters(model), random_batch(2, 1)
+    masked = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    for kind in (DataInf, EKFAC):
+        for batches in ([batch] * (1 + rank), [masked]):
+            try:
+                kind(parameters).fit(model, batches)
+            except UserError as error:
+                found.append(str(error))
+    return found
+
+
 def run(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     found = {case: results(wrapped(case), rank, world, sharded=case != "ddp") for case in CASES}
-    torch.save(found, Path(folder) / f"rank{rank}.pt")
+    torch.save({"found": found, "refusals": refusals(rank)}, Path(folder) / f"rank{rank}.pt")
     dist.barrier()
     os._exit(0)  # see two_ranks.py

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -10,11 +12,12 @@ from tests.influence.preconditioned_ranks import CASES, results, run
 from tests.influence.tiny_llama import tiny_llama
 
 Found = dict[str, dict[str, torch.Tensor]]
+Rank = dict[str, Any]
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Found]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Rank]:
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(run, args=(2, str(folder)), nprocs=2)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
@@ -26,10 +29,18 @@ def alone() -> Found:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_find_what_one_process_does(case: str, ranks: list[dict[str, Found]], alone: Found) -> None:
+def test_ranks_find_what_one_process_does(case: str, ranks: list[Rank], alone: Found) -> None:
     for rank in ranks:
-        assert set(rank[case]) == set(alone) - ({"ggn_cg"} if case != "ddp" else set())
-        for kind, found in rank[case].items():
+        assert set(rank["found"][case]) == set(alone) - ({"ggn_cg"} if case != "ddp" else set())
+        for kind, found in rank["found"][case].items():
             for name, part in alone[kind].items():
                 error = float((found[name] - part).abs().max() / part.abs().max())
                 assert error < 1e-6, (kind, name)
+
+
+def test_all_ranks_refuse_in_the_same_words(ranks: list[Rank]) -> None:
+    assert ranks[0]["refusals"] == ranks[1]["refusals"]
+    numbers, masked = ranks[0]["refusals"][::2], ranks[0]["refusals"][1::2]
+    for name, number, mask in zip(("datainf", "ekfac"), numbers, masked, strict=True):
+        assert f"expected equally many batches for {name} on each rank, found [1, 2]" in number
+        assert mask.startswith(f"{name}: expected batches with tokens that a loss counts for")

@@ -192,6 +192,33 @@ def test_fused_scores_and_observation_share_a_pass() -> None:
     close(kept.apply(u), KFAC(parameters, labels="given").fit(model, [batch]).apply(u))
 
 
+def test_checkpointed_blocks_count_once() -> None:
+    model, batch = tiny_llama().train(), random_batch(4, 1)
+    for block in model.model.layers:
+        block.self_attn.attention_dropout = 0.0
+    parameters = select_parameters(model)
+    u, kept = some_directions(parameters), KFAC(parameters, schedule=WHOLE)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with kept.observing(model, batch):
+        backward(model, batch, 1.0)
+    model.gradient_checkpointing_disable()
+    close(kept.apply(u), KFAC(parameters, labels="given").fit(model, [batch]).apply(u))
+
+
+def test_under_autocast_factors_are_nearly_those_in_full_precision() -> None:
+    model, batch = tiny_llama(dtype=torch.float32).eval(), random_batch(4, 1)
+    parameters = select_parameters(model)
+    u, kept = some_directions(parameters), KFAC(parameters, schedule=WHOLE)
+    with kept.observing(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        token_losses(logits, batch["labels"])[0].sum().backward()
+    expected = KFAC(parameters, labels="given").fit(model, [batch]).apply(u)
+    for name, part in kept.apply(u).tensors.items():
+        assert part.dtype == torch.float32
+        assert torch.cosine_similarity(part.flatten(), expected.tensors[name].flatten(), dim=0) > 0.98
+
+
 def test_a_pass_without_backward_is_refused() -> None:
     model = tiny_llama()
     kept = EKFAC(select_parameters(model))

@@ -23,7 +23,7 @@ from cheapertraining.errors import UserError
 from cheapertraining.influence.aggregation import By
 from cheapertraining.influence.parameters import Directions
 from cheapertraining.influence.preconditioners.base import check_covered, check_finite, count_units
-from cheapertraining.influence.ranks import sum_over_ranks
+from cheapertraining.influence.ranks import check_equal_counts, sum_over_ranks
 from cheapertraining.influence.scorers.hook import per_unit_gradients
 from cheapertraining.influence.sharding import Shards, local
 
@@ -53,14 +53,17 @@ class LayerScale:
         """``lambda_l`` by parameter, after :meth:`fit`; 0 where no sample has a gradient."""
 
     def fit(self, model: nn.Module, batches: Sequence[Batch]) -> LayerScale:
-        """Measure ``lambda_l`` over a Fisher set, in one pass. Call it on all ranks, each with its own batches.
+        """Measure ``lambda_l`` over a Fisher set, in one pass.
+
+        Call it on all ranks, each with its own batches, equally many.
 
         Raises:
-            UserError: no batch, only masked labels, gradients that are not finite.
+            UserError: no batch, only masked labels, gradients that are not finite, ranks with other numbers of batches.
         """
         self.lambdas = {}
         device = next(iter(self.parameters.values())).device
         self._units = count_units(self.name, batches, self.by, device)
+        check_equal_counts(len(batches), f"batches for {self.name}", device)
         squares = dict.fromkeys(self.parameters, torch.zeros((), dtype=torch.float64, device=device))
         sizes: dict[str, int] = {}
 
