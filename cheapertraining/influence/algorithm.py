@@ -46,8 +46,8 @@ class InfluenceScores(Algorithm):
     entered its step and times the learning rate (TracIn, 2002.08484, over every step instead of checkpoints). At each
     refresh ``influence/probe_loss/<probe>``.
 
-    ``datainf`` takes each microbatch as its own Fisher set; ``ekfac`` keeps its factors up on every 16th batch, which
-    it looks at for that and does not score. It and ``adam`` begin with the second batch. Composer saves the state
+    ``datainf`` takes each microbatch as its own Fisher set; ``ekfac`` keeps its factors up on a microbatch of every
+    16th batch. It and ``adam`` begin with the second batch. Composer saves the state
     of rank 0 alone, which after a resume therefore has lost what the other ranks had added to the totals since the
     last log.
 
@@ -96,6 +96,7 @@ class InfluenceScores(Algorithm):
         self._scorer: FusedScorer | None = None
         self._armed: contextlib.ExitStack | None = None
         self._factors: list[torch.Tensor] = []
+        self._observed = -1
 
     def __repr__(self) -> str:
         # Composer saves it; without an address it is the same on every rank and in every run.
@@ -195,11 +196,12 @@ class InfluenceScores(Algorithm):
         self._factors.clear()
         self._armed = contextlib.ExitStack()
         assert self._calculator is not None
-        curvature = self._calculator.preconditioner
-        if self._observes(state) and isinstance(curvature, EKFAC):
+        curvature, step = self._calculator.preconditioner, int(state.timestamp.batch)
+        if isinstance(curvature, EKFAC) and curvature.wants(step) and self._observed != step:
+            self._observed = step
             scale = 1.0 / max(1, self._tokens)
             self._armed.enter_context(curvature.observing(state.model, state.batch, loss_scale=scale))
-        elif self._scorer is not None:
+        if self._scorer is not None:
             self._armed.enter_context(self._scorer.armed(state.batch))
 
     def _read(self, state: State) -> None:
@@ -207,7 +209,7 @@ class InfluenceScores(Algorithm):
         if self._armed is not None:
             self._armed.close()
             self._armed = None
-        if self._scorer is None or self._observes(state):
+        if self._scorer is None:
             return
         outputs: Any = state.outputs
         tokens = outputs["sample_tokens"].sum().clamp_min(1)
@@ -219,11 +221,6 @@ class InfluenceScores(Algorithm):
         scaler = 1.0 if state.scaler is None or not state.scaler.is_enabled() else state.scaler.get_scale()
         step = float(state.optimizers[0].param_groups[0]["lr"]) / (scaler * dist.get_world_size())
         self._recent.index_add_(0, source, found.scores.double() * factor * step)
-
-    def _observes(self, state: State) -> bool:
-        """Whether this batch is one that a curvature is measured on."""
-        curvature = self._calculator and self._calculator.preconditioner
-        return isinstance(curvature, EKFAC) and curvature.wants(int(state.timestamp.batch))
 
     def _log(self, logger: Logger) -> None:
         """Log by source what has come since the last log, over all ranks, and forget it."""
