@@ -15,12 +15,11 @@ from cheapertraining.data import get_loader
 from cheapertraining.influence import InfluenceAwareOptimizer
 from cheapertraining.mixing import MixtureWeightCalculator
 from cheapertraining.mixing.agreement import agreed
+from tests.influence.plain_run import tiny_model
 
 
 def train(rank: int, world: int, folder: str, sample: str) -> None:
     """Seven steps; writes the weights, the parameters' sum and what is said where ranks differ."""
-    from tests.influence.test_optimizer import tiny_model
-
     for name in ("RANK", "LOCAL_RANK"):
         os.environ[name] = str(rank)
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):

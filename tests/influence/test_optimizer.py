@@ -1,6 +1,6 @@
 """InfluenceAwareOptimizer: an optimizer like any other that moves the mixture; exact when resumed, harmless on failure.
 
-On real shards (`tiny_sample`), a tiny Llama and the real loader.
+On real shards, a tiny Llama and the real loader.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import copy
 import json
 import logging
 import shutil
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,81 +17,16 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LinearLR, SequentialLR
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from cheapertraining.data import MixtureLoader, get_loader
 from cheapertraining.errors import UserError
-from cheapertraining.influence import InfluenceAwareOptimizer, InfluenceConfig
-from cheapertraining.mixing import MixtureWeightCalculator
+from cheapertraining.influence import InfluenceAwareOptimizer
 from tests.influence import optimizer_ranks
-
-EVEN = {"code": 1 / 3, "docs": 1 / 3, "topics": 1 / 3}
-
-
-@dataclass
-class Run:
-    model: LlamaForCausalLM
-    loader: MixtureLoader
-    calculator: MixtureWeightCalculator
-    inner: torch.optim.Optimizer
-    optimizer: InfluenceAwareOptimizer
-
-    def train(self, steps: int) -> None:
-        for batch in islice(self.loader, steps):
-            self.backward(batch)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-    def backward(self, batch: dict[str, torch.Tensor]) -> None:
-        inputs = {name: batch[name] for name in ("input_ids", "position_ids", "labels")}
-        self.model(**inputs, use_cache=False).loss.backward()
-
-    @property
-    def weights(self) -> dict[str, float]:
-        return self.loader.mixture.get_current_weights()
-
-
-def tiny_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        attention_dropout=0.1,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
-
-
-def make_run(
-    data: str | Path | dict[str, Any], *, interval: int = 3, learning_rate: float = 1.0, **settings: Any
-) -> Run:
-    loader = get_loader(data, batch_size=6, lag=2, seed=5)
-    model = tiny_model()
-    config = InfluenceConfig(**{"source_samples": 8, "probe_samples": 16, "threshold": 1.0, **settings})
-    calculator = MixtureWeightCalculator(model, probe_dataloaders=loader.probes, influence_config=config)
-    inner = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    optimizer = InfluenceAwareOptimizer(inner, calculator, loader.mixture, interval, learning_rate)
-    return Run(model, loader, calculator, inner, optimizer)
+from tests.influence.plain_run import EVEN, Run, make_run, same_state
 
 
 @pytest.fixture
 def run(tiny_sample: Path) -> Run:
     return make_run(tiny_sample / "data.yaml")
-
-
-def same_state(first: Any, second: Any) -> bool:
-    if torch.is_tensor(first):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same_state(first[key], second[key]) for key in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(same_state, first, second))
-    return bool(first == second)
 
 
 # ---- it moves the mixture --------------------------------------------------------------------------------------------
@@ -137,76 +71,6 @@ def test_rank_zero_alone_logs_the_weights(tiny_sample: Path, caplog: pytest.LogC
         run.optimizer.rank = 1
         run.train(1)
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["step 1"]
-
-
-def test_several_probes_are_several(tiny_sample: Path) -> None:
-    """Each has its own direction, in the order given; none is measured with another's loader."""
-    data = {
-        "local": str(tiny_sample),
-        "seq_len": 32,
-        "sources": {name: {} for name in EVEN},
-        "probes": {"code": {"source": "code"}, "topics": {"source": "topics"}},
-    }
-    run = make_run(data)
-    run.train(3)
-    both = run.calculator.controller.history[-1]
-    assert list(both.scores) == list(both.probe_losses) == ["code", "topics"]
-    assert both.probe_losses["code"] != both.probe_losses["topics"]
-    for name in both.scores:
-        alone = MixtureWeightCalculator(tiny_model(), run.loader.probes[name], run.calculator.influence_config)
-        alone.model.load_state_dict(run.model.state_dict())
-        alone.attach(run.loader.mixture)
-        alone.update()
-        (scores,) = alone.controller.history[-1].scores.values()
-        assert scores == pytest.approx(both.scores[name], rel=1e-4)
-
-
-def test_asking_for_weights_changes_nothing(run: Run) -> None:
-    run.train(9)
-    before = copy.deepcopy(run.optimizer.state_dict())
-    asked = run.calculator.compute_mixture_weights(run.inner)
-    assert same_state(before, run.optimizer.state_dict())
-    assert len(run.calculator.controller.history) == 3
-    assert run.calculator.update(run.inner) == pytest.approx(asked, abs=1e-8)
-    assert asked != pytest.approx(EVEN, abs=1e-3)
-
-
-@pytest.mark.parametrize("metric", ["raw", "adam", "layer_scale", "datainf", "kfac", "ekfac"])
-def test_scorers_agree_on_every_metric(run: Run, metric: str) -> None:
-    """Look-ahead, one backward pass, and a backward pass for each sample: the same scores, whatever divides them."""
-    run.train(2)
-    found = []
-    for scorer in ("forward", "hook", "loop"):
-        config = InfluenceConfig(metric=metric, scorer=scorer, microbatch_size=5)
-        calculator = MixtureWeightCalculator(run.model, run.loader.probes, config)
-        calculator.attach(run.loader.mixture)
-        calculator.update(run.optimizer)
-        found.append(calculator.controller.history[-1].scores["code"])
-    assert found[1] == pytest.approx(found[2], rel=1e-4)
-    assert found[0] == pytest.approx(found[2], abs=0.01 * max(map(abs, found[2].values())))  # a finite difference
-
-
-def test_metrics_differ(run: Run) -> None:
-    run.train(2)
-    ratios = {}
-    for metric in ("raw", "adam", "datainf", "ekfac"):
-        calculator = MixtureWeightCalculator(run.model, run.loader.probes, {"metric": metric, "scorer": "hook"})
-        calculator.attach(run.loader.mixture)
-        calculator.update(run.optimizer)
-        scores = calculator.controller.history[-1].scores["code"]
-        ratios[metric] = scores["docs"] / scores["code"]
-    assert len({round(ratio, 3) for ratio in ratios.values()}) == 4
-
-
-def test_half_precision_is_refused_at_once_and_measured_by_a_backward_pass(tiny_sample: Path) -> None:
-    run = make_run(tiny_sample / "data.yaml")
-    half = run.model.to(torch.bfloat16)
-    calculator = MixtureWeightCalculator(half, run.loader.probes)
-    with pytest.raises(UserError, match=r"in torch\.bfloat16.* InfluenceConfig\(scorer='hook'\)"):
-        InfluenceAwareOptimizer(run.inner, calculator, run.loader.mixture)
-    calculator = MixtureWeightCalculator(half, run.loader.probes, {"scorer": "hook"})
-    InfluenceAwareOptimizer(run.inner, calculator, run.loader.mixture, update_interval=1).step()
-    assert all(score is not None for score in calculator.controller.history[-1].scores["code"].values())
 
 
 # ---- it is an optimizer ----------------------------------------------------------------------------------------------
@@ -380,43 +244,6 @@ def test_bad_arguments(run: Run, settings: dict[str, Any], message: str) -> None
     good = {"optimizer": run.inner, "mixture_calculator": run.calculator, "mixed_dataset": run.loader.mixture}
     with pytest.raises(UserError, match=message):
         InfluenceAwareOptimizer(**{**good, **settings})
-
-
-def test_calculator_says_what_it_needs(run: Run) -> None:
-    probes = run.loader.probes
-    with pytest.raises(UserError, match=r"expected a torch\.nn\.Module, found AdamW"):
-        MixtureWeightCalculator(run.inner, probes)
-    with pytest.raises(UserError, match="found neither"):
-        MixtureWeightCalculator(run.model)
-    with pytest.raises(UserError, match="found both"):
-        MixtureWeightCalculator(run.model, probes["code"], probe_dataloaders=probes)
-    with pytest.raises(UserError, match="no mixture to measure yet"):
-        MixtureWeightCalculator(run.model, probes).update()
-    with pytest.raises(UserError, match="probe 'probe': expected a DataLoader over a finite dataset"):
-        MixtureWeightCalculator(run.model, [1, 2])
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"lambda_val": 0.1}, "no setting is named 'lambda_val' .* Use 'lambda_reg'"),
-        ({"thresold": 1}, "Did you mean 'threshold'"),
-        ({"source_samples": 1}, "source_samples: expected at least 2"),
-        ({"ema": 1.0}, "ema: expected a number from 0 to below 1"),
-        ({"metric": "cosine"}, "metric: expected one of raw, adam, .* found 'cosine'"),
-        ({"scorer": "hok"}, "Did you mean 'hook'"),
-        ({"lambda_reg": 0}, "lambda_reg: expected a positive number"),
-        ({"floor": 0.5, "ceiling": 0.4}, "floor, ceiling"),
-        ({"kl_step": 0}, "kl_step: expected a positive number"),
-        ({"step_size": 2.0}, "step_size: expected a relative step"),
-        ({"microbatch_size": 0}, "microbatch_size: expected at least 1"),
-    ],
-)
-def test_bad_settings(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        InfluenceConfig(**settings)
-    with pytest.raises(UserError, match=message):
-        InfluenceConfig.of(settings)
 
 
 # ---- several ranks ---------------------------------------------------------------------------------------------------
