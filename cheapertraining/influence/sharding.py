@@ -168,13 +168,12 @@ class Shards:
 
     def norm(self, tensors: Mapping[str, torch.Tensor]) -> float:
         """Euclidean norm of tensors that lie like the parameters, ``{name: local}``, over all ranks' shards."""
-        squares = [
-            torch.linalg.vector_norm(tensor, dtype=torch.float64) ** 2 / (self.copies(name) if self.sharded else 1)
-            for name, tensor in tensors.items()
-        ]
-        total = torch.stack(squares).sum()
-        if self.sharded:
-            sum_over_ranks(total)
+        norms = torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors.values()])
+        if not self.sharded:
+            return float(torch.linalg.vector_norm(norms))
+        copies = torch.tensor([self.copies(name) for name in tensors], dtype=torch.float64, device=norms.device)
+        total = (norms**2 / copies).sum()
+        sum_over_ranks(total)
         return float(total.sqrt())
 
     def _gather_flat(self, name: str, shards: torch.Tensor) -> torch.Tensor:
