@@ -178,7 +178,7 @@ class _MergedLinear(torch.autograd.Function):
         with _plain(gradient):
             if ctx.needs_input_grad[0]:
                 onward = gradient @ (weight.t() if ctx.turned else weight)
-            of_weight = torch.empty_like(weight)
+            of_weight = weight.new_empty(weight.shape)
             ctx.visit(seen, gradient, of_weight)
             of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         return onward, of_weight, of_bias, None, None

@@ -14,7 +14,8 @@ __all__ = ["Dense", "Moments", "Products", "Projected", "Projection"]
 # Work for each element of a unit's gradient, in multiply-adds of a large matrix product: forming it costs its tokens;
 # writing, reading and summing it cost as much as some fifteen, and each direction some four, measured on a CPU.
 _FORMING, _READING = 15.0, 4.5
-_TOKEN_BLOCK = 1 << 20
+# Elements of what is made for some tokens at a time.
+_TOKEN_BLOCK, _CACHED = 1 << 20, 1 << 16
 
 
 class Products:
@@ -59,10 +60,11 @@ class Products:
 
 
 def _by_block(factors: Factors, directions: torch.Tensor, units: Units, gradient: torch.Tensor | None) -> torch.Tensor:
-    scores = directions.new_zeros(units.count, len(directions))
+    # Directions before units: the product is twice as fast this way round.
+    scores = directions.new_zeros(len(directions), units.count)
     for rows, block in blocks([factors], units, directions.shape[1:], gradient):
-        scores.addmm_(wide(block).flatten(1).to(scores.dtype), directions[:, rows].flatten(1).t())
-    return scores
+        scores.addmm_(directions[:, rows].flatten(1), wide(block).flatten(1).t().to(scores.dtype))
+    return scores.t()
 
 
 def _by_token(factors: Factors, directions: torch.Tensor) -> torch.Tensor:
@@ -78,8 +80,13 @@ def _by_token(factors: Factors, directions: torch.Tensor) -> torch.Tensor:
 
 def _gathered(factors: Factors, directions: torch.Tensor) -> torch.Tensor:
     """``<right_t, V_k[token_t]>`` of each token, ``[B * S, K]``."""
-    right = factors.right.to(directions.dtype)
-    return torch.stack([(direction[factors.left] * right).sum(1) for direction in directions], 1)
+    scores = directions.new_empty(len(factors.left), len(directions))
+    step = max(1, _CACHED // directions.shape[2])
+    for start in range(0, len(scores), step):
+        tokens, right = factors.left[start : start + step], factors.right[start : start + step].to(scores.dtype)
+        for k, direction in enumerate(directions):
+            torch.sum(direction[tokens].mul_(right), 1, out=scores[start : start + step, k])
+    return scores
 
 
 @dataclass
@@ -121,17 +128,17 @@ class Moments:
         elements = directions[0].numel() if len(directions) else directions.shape[1:].numel()
         if all(part.one_hot for part in factors):
             factors, directions = _compact(factors, directions)
-        products = directions.new_zeros(units.count, len(directions))
+        products = directions.new_zeros(len(directions), units.count)
         gram = directions.new_zeros((units.count, units.count) if self._gram else (units.count,))
         for rows, block in blocks(factors, units, directions.shape[1:], gradient):
             flat = wide(block).flatten(1).to(products.dtype)
             if len(directions):
-                products.addmm_(flat, directions[:, rows].flatten(1).t())
+                products.addmm_(directions[:, rows].flatten(1), flat.t())
             if self._gram:
                 gram.addmm_(flat, flat.t())
             else:
                 gram += torch.linalg.vecdot(flat, flat)
-        self.found[name] = Moment(products, gram, elements)
+        self.found[name] = Moment(products.t(), gram, elements)
 
     def vector(self, name: str, gradients: torch.Tensor) -> None:
         """See :class:`~.backward.Consumer`."""

@@ -129,6 +129,7 @@ def blocks(
     dense = next((f.left for f in factors if not f.one_hot), factors[0].right)
     limit = _CUDA_BLOCK if dense.is_cuda else _CPU_BLOCK
     step = max(1, min(shape[0], limit // (units.count * shape[1] * dense.element_size())))
+    ones = dense.new_ones(units.count)
     buffer = units.scratch(units.count * step * shape[1], dense)
     for start in range(0, shape[0], step):
         rows = slice(start, min(start + step, shape[0]))
@@ -136,5 +137,6 @@ def blocks(
         for place, part in enumerate(factors):
             part.products(units, rows, block, first=place == 0)
         if gradient is not None:
-            torch.sum(block, 0, out=gradient[rows])
+            # A sum over the units, twice as fast as `sum`.
+            torch.mv(block.view(units.count, -1).t(), ones, out=gradient[rows].view(-1))
         yield rows, block
