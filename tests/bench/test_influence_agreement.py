@@ -15,7 +15,7 @@ import torch
 from tools.bench import _agreement_dense as dense
 from tools.bench import _agreement_retrain as retraining
 from tools.bench import influence_agreement
-from tools.bench._agreement_lora import template_areas
+from tools.bench._agreement_lora import kind_areas
 from tools.bench._agreement_metrics import area_under_curve, mean_and_error, spearman
 from tools.bench._agreement_product import Scores, estimates, gauss_newton, source_scalars
 from tools.bench._agreement_retrain import Trained, load, mixtures, query_losses, subsets, train, train_stack
@@ -137,7 +137,7 @@ def test_command_prints_the_table_and_writes_it(
     monkeypatch.setattr(module, "language", lambda seed: short(language(seed, 8, 4), 4))
     flipped, wrong = flipped_digits(0, 40, 5)
     monkeypatch.setattr(module, "flipped_digits", lambda seed: (short(flipped, 10), wrong))
-    monkeypatch.setattr(module, "template_areas", lambda seed: template_areas(seed, 4, 1, pretraining=3, steps=3))
+    monkeypatch.setattr(module, "kind_areas", lambda seed: kind_areas(seed, 4, 1, pretraining=3, steps=3))
     monkeypatch.setattr(module, "QUICK", module.Size(seeds=1, digits=4, language=3, mixtures=3, slow=False))
     monkeypatch.setattr(sys, "argv", ["influence_agreement.py", "--quick", "--json", str(tmp_path / "table.json")])
     module.main()

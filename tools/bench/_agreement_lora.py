@@ -1,7 +1,7 @@
-"""Which training samples are of the query's own kind? Problems from ten templates, learnt by low-rank adapters.
+"""Which training samples are of the query's own kind? Problems of ten kinds, learnt by low-rank adapters.
 
-A miniature of the task that DataInf's authors report (Kwon et al. 2024, section 4.3): a language model is trained on
-prose, then frozen, then adapted to the problems; for each held-out problem, the training problems of the same template
+A miniature of the task that DataInf's authors report (Kwon et al. 2024): a language model is trained on
+prose, then frozen, then adapted to the problems; for each held-out problem, the training problems of the same kind
 ought to have the larger scores.
 """
 
@@ -24,23 +24,24 @@ from tools.bench._agreement_metrics import area_under_curve
 from tools.bench._agreement_product import Scores, directions_of
 from tools.bench._agreement_tasks import LENGTH, Batch, language_model, prose, rows
 
-__all__ = ["adapted", "template_areas"]
+__all__ = ["adapted", "kind_areas"]
 
 RANK = 4
 NAMES = ("Ann", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal")
 THINGS = ("pens", "eggs", "cups", "hats", "figs", "keys", "nuts", "jars")
-TEMPLATES: tuple[tuple[str, Callable[[int, int], int]], ...] = (
-    ("{name} has {a} {thing}, buys {b} more: {c}", lambda a, b: a + b),
-    ("{name} has {a} {thing}, loses {b}: {c}", lambda a, b: a - b),
-    ("{name} has {a} {thing}, {b} times more: {c}", lambda a, b: a * b),
-    ("{name} has {a} {thing}, split by {b}: {c}", lambda a, b: a // b),
-    ("{name} has {a} {thing}, in rows of {b}, left: {c}", lambda a, b: a % b),
-    ("{name} has {a} {thing}, finds {b} twice: {c}", lambda a, b: a + 2 * b),
-    ("{name} has {a} {thing}, eats half and {b}: {c}", lambda a, b: a // 2 - b),
-    ("{name} has {a} {thing}, at most {b} count: {c}", lambda a, b: min(a, b)),
-    ("{name} has {a} {thing}, all doubled, less {b}: {c}", lambda a, b: 2 * a - b),
-    ("{name} has {a} {thing}, {b} are bad and one: {c}", lambda a, b: a - b - 1),
+KINDS: tuple[tuple[str, Callable[[int, int], int]], ...] = (
+    ("won", lambda a, b: a + b),
+    ("lost", lambda a, b: a - b),
+    ("times", lambda a, b: a * b),
+    ("halved by", lambda a, b: a // b),
+    ("rest by", lambda a, b: a % b),
+    ("found", lambda a, b: a + 2 * b),
+    ("ate half and", lambda a, b: a // 2 - b),
+    ("capped at", lambda a, b: min(a, b)),
+    ("doubled less", lambda a, b: 2 * a - b),
+    ("sold", lambda a, b: a - b - 1),
 )
+"""What tells one kind of problem from another: a word or two, and how its answer follows."""
 
 
 class LowRank(nn.Module):
@@ -59,21 +60,21 @@ class LowRank(nn.Module):
 
 
 def problems(seed: int, each: int) -> tuple[Batch, Tensor]:
-    """Problems, and the template of each: every template `each` times, no problem twice."""
+    """Problems, `each` of every kind, the numbers of a kind never twice; and the kind of each, int64 `[N]`."""
     rng = np.random.default_rng(seed)
-    tokens = torch.zeros(len(TEMPLATES) * each, LENGTH, dtype=torch.int64)
-    for family, (template, answer) in enumerate(TEMPLATES):
+    tokens = torch.zeros(len(KINDS) * each, LENGTH, dtype=torch.int64)
+    for kind, (words, answer) in enumerate(KINDS):
         pairs = rng.choice(89 * 8, size=each, replace=False)
         for place, pair in enumerate(pairs):
             a, b = int(pair) // 8 + 10, int(pair) % 8 + 2
             name, thing = NAMES[rng.integers(len(NAMES))], THINGS[rng.integers(len(THINGS))]
-            text = template.format(name=name, thing=thing, a=a, b=b, c=answer(a, b)).encode()
-            tokens[family * each + place, : len(text)] = torch.tensor(list(text))
+            text = f"{name} had {a} {thing}, {words} {b}: {answer(a, b)}".encode()
+            tokens[kind * each + place, : len(text)] = torch.tensor(list(text))
     labels = torch.where(tokens > 0, tokens, IGNORED)
     labels[:, 0] = IGNORED
     positions = torch.arange(LENGTH).expand_as(tokens).contiguous()
-    family = torch.arange(len(TEMPLATES)).repeat_interleave(each)
-    return {"input_ids": tokens, "labels": labels, "position_ids": positions}, family
+    kinds = torch.arange(len(KINDS)).repeat_interleave(each)
+    return {"input_ids": tokens, "labels": labels, "position_ids": positions}, kinds
 
 
 def adapted(seed: int, train: Batch, pretraining: int, steps: int) -> nn.Module:
@@ -103,20 +104,20 @@ def _fit(model: nn.Module, data: Batch, steps: int, rate: float, generator: torc
         optimizer.step()
 
 
-def template_areas(
+def kind_areas(
     seed: int, each: int = 50, held_out: int = 5, pretraining: int = 300, steps: int = 300
 ) -> dict[str, NDArray[np.float64]]:
-    """By estimator, for each held-out problem: area under the curve of telling its template by the scores."""
-    data, family = problems(seed, each)
-    query = torch.arange(len(family)) % each < held_out
+    """By estimator, for each held-out problem: area under the curve of telling its kind by the scores."""
+    data, kinds = problems(seed, each)
+    query = torch.arange(len(kinds)) % each < held_out
     train = rows(data, ~query)
     model = adapted(seed, train, pretraining, steps)
     scores = _scores(model, train, rows(data, query))
     return {
         name: np.array(
             [
-                area_under_curve(column.numpy(), (family[~query] == own).numpy())
-                for column, own in zip(values.T, family[query], strict=True)
+                area_under_curve(column.numpy(), (kinds[~query] == own).numpy())
+                for column, own in zip(values.T, kinds[query], strict=True)
             ]
         )
         for name, values in scores.items()

@@ -15,7 +15,7 @@ standard error:
     domain        the same, where a query is the mean loss of one domain
     mislabelled   area under the curve of finding wrong labels (a fifth of them) by the score for 200 clean queries
     LoRA kind     area under the curve of finding, among problems that adapters were trained on, those of the query's
-                  template
+                  kind
 
 An estimator has a gap where it does not apply. `self` is the squared norm of a sample's gradient, `loss` its loss.
 `source scalars` are mean gradients of source-pure microbatches, at the end of training and summed over the run.
@@ -41,7 +41,7 @@ from cheapertraining.influence.model_access import unit_losses
 from cheapertraining.influence.parameters import select_parameters
 from cheapertraining.influence.scorers.hook import hook_norms
 from tools.bench import _agreement_dense as dense
-from tools.bench._agreement_lora import template_areas
+from tools.bench._agreement_lora import kind_areas
 from tools.bench._agreement_metrics import area_under_curve, correlation, mean_and_error, spearman
 from tools.bench._agreement_product import Scores, estimates, gauss_newton, lissa, source_scalars
 from tools.bench._agreement_retrain import Ensemble, Trained, load, mixtures, subsets, train
@@ -161,7 +161,7 @@ def measure(size: Size, cache: Path | None) -> tuple[dict[str, list[Column]], fl
             for name, column in columns.items():
                 found[name].append(column)
         found["mislabelled"].append(mislabelled_seed(seed))
-        found["LoRA kind"].append(template_areas(seed))
+        found["LoRA kind"].append(kind_areas(seed))
     return found, worst
 
 
