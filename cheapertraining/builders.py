@@ -34,7 +34,7 @@ from cheapertraining.config import (
 )
 from cheapertraining.data import Batch, MixtureLoader, TokenizerWrapper, get_loader
 from cheapertraining.errors import UserError
-from cheapertraining.influence import LookAheadEstimator
+from cheapertraining.influence import SourceEstimator
 from cheapertraining.influence.algorithm import InfluenceScores
 from cheapertraining.mixing import (
     Constraints,
@@ -239,13 +239,14 @@ def build_online_mixing(
     )
     estimator = None
     if controller.needs_influence:
-        estimator = LookAheadEstimator(
+        estimator = SourceEstimator(
             loader.mixture,
             loader.probes,
             {name: probe.weight for name, probe in config.data.probes.items()},
             probe_samples=mixing.influence.probe_samples,
             source_samples=mixing.influence.source_samples,
             metric=mixing.influence.metric,
+            scorer=mixing.influence.scorer,
             step_size=mixing.influence.step_size,
             seed=config.seed,
         )

@@ -217,8 +217,10 @@ class InfluenceConfig:
     """Samples of each source in a measurement."""
     ema: Share = 0.9
     """Share of the old scores kept at each update."""
-    metric: Literal["raw", "adam"] = "raw"
-    """Inner product of gradients as they are, or preconditioned by the optimizer's second moments."""
+    metric: Literal["raw", "adam", "layer_scale", "datainf", "kfac", "ekfac"] = "raw"
+    """Inner product of gradients as they are, by the optimizer's second moments, or by a curvature."""
+    scorer: Literal["forward", "hook", "loop"] = "forward"
+    """Forward passes along a direction; a backward pass, for half precision; or one a sample, for any model."""
     step_size: Positive = 1e-4
     """Length of the look-ahead step, relative to the norm of the parameters."""
     threshold: NonNegative = 2.5

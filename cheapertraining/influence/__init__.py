@@ -15,8 +15,8 @@ from cheapertraining.influence.scorers import SampleScores, SourceInfluence
 from cheapertraining.influence.scorers.forward import forward_scores
 from cheapertraining.influence.scorers.fused import FusedScorer
 from cheapertraining.influence.scorers.hook import hook_scores
-from cheapertraining.influence.scorers.look_ahead import LookAheadEstimator
 from cheapertraining.influence.scorers.microbatch import MicrobatchScorer
+from cheapertraining.influence.scorers.sources import SourceEstimator
 from cheapertraining.influence.settings import InfluenceConfig
 
 if TYPE_CHECKING:
@@ -37,11 +37,11 @@ __all__ = [
     "InfluenceCalculator",
     "InfluenceConfig",
     "InfluenceTracker",
-    "LookAheadEstimator",
     "MicrobatchScorer",
     "MixtureWeightCalculator",
     "ProbeBank",
     "SampleScores",
+    "SourceEstimator",
     "SourceInfluence",
     "create_influence_tracker",
     "create_mixture_calculator",

@@ -23,7 +23,7 @@ from composer.utils import dist
 
 from cheapertraining.errors import UserError
 from cheapertraining.influence.scorers import SourceInfluence
-from cheapertraining.influence.scorers.look_ahead import LookAheadEstimator
+from cheapertraining.influence.scorers.sources import SourceEstimator
 from cheapertraining.mixing.agreement import agreed
 from cheapertraining.mixing.controller import Decision, MixtureController, Totals
 
@@ -59,7 +59,7 @@ class OnlineMixing(Algorithm):
     def __init__(
         self,
         controller: MixtureController,
-        estimator: LookAheadEstimator | None = None,
+        estimator: SourceEstimator | None = None,
         *,
         ledger_path: str | Path | None = None,
         log_interval: int = 10,

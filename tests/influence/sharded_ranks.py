@@ -27,7 +27,7 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from cheapertraining.errors import UserError
-from cheapertraining.influence import LookAheadEstimator, ProbeBank, forward_scores
+from cheapertraining.influence import ProbeBank, SourceEstimator, forward_scores
 from cheapertraining.influence.model_access import sample_losses, unwrap
 from cheapertraining.influence.parameters import Directions, select_parameters
 from cheapertraining.influence.scorers.forward import check_precision
@@ -97,7 +97,7 @@ def results(model: nn.Module, rank: int, world: int) -> dict[str, Any]:
     parameters, batch = select_parameters(model), rows_of(rank, world)
     bank = ProbeBank({"p": probe_loader(), "q": probe_loader(seed=7)}, samples=5, refresh_every=2)
     directions, losses = bank.current(model, 3, parameters, microbatch_size=2)
-    look = LookAheadEstimator(Sources(), {"p": probe_loader()}, probe_samples=5, source_samples=3)
+    look = SourceEstimator(Sources(), {"p": probe_loader()}, probe_samples=5, source_samples=3)
     found = {
         "directions": gathered(model, directions),
         "state": bank.state_dict()["tensors"],

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch.multiprocessing as mp
 
-from cheapertraining.influence import LookAheadEstimator
+from cheapertraining.influence import SourceEstimator
 from tests.influence.tiny_llama import Sources, probe_loader, tiny_llama
 from tests.influence.two_ranks import measure
 
@@ -17,7 +17,7 @@ from tests.influence.two_ranks import measure
 def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
     mp.spawn(measure, args=(2, str(tmp_path)), nprocs=2)
     first, second = (np.load(tmp_path / f"rank{rank}.npz") for rank in range(2))
-    look = LookAheadEstimator(Sources(), {"p": probe_loader()}, probe_samples=5, source_samples=3)
+    look = SourceEstimator(Sources(), {"p": probe_loader()}, probe_samples=5, source_samples=3)
     alone = [look.measure(tiny_llama(), update_index=update) for update in range(2)]
     for name in first.files:
         assert first[name].tobytes() == second[name].tobytes()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from cheapertraining.influence import LookAheadEstimator
+from cheapertraining.influence import SourceEstimator
 from tests.influence.tiny_llama import Sources, probe_loader, tiny_llama
 
 
@@ -19,7 +19,7 @@ def measure(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     model = DistributedDataParallel(tiny_llama().train())
     # 5 probe samples and 9 source samples do not divide by 2: the padding rows must not count.
-    look = LookAheadEstimator(Sources(), {"p": probe_loader()}, probe_samples=5, source_samples=3)
+    look = SourceEstimator(Sources(), {"p": probe_loader()}, probe_samples=5, source_samples=3)
     found = [look.measure(model, update_index=update, microbatch_size=2) for update in range(2)]
     assert all(parameter.grad is None for parameter in model.parameters())
     np.savez(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from composer.utils import dist
 
-from cheapertraining.influence import LookAheadEstimator
+from cheapertraining.influence import SourceEstimator
 from cheapertraining.mixing import Constraints, InfluenceStrategy, MixtureController, OnlineMixing
 from tests.observe.tiny_trainer import tiny_loader, tiny_trainer
 
@@ -21,7 +21,7 @@ def main() -> None:
     controller = MixtureController(
         loader.mixture, InfluenceStrategy(threshold=0.0), Constraints(floor=0.05, kl_step=0.5), 3, 3, 10**6
     )
-    estimator = LookAheadEstimator(loader.mixture, loader.probes, probe_samples=5, source_samples=3)
+    estimator = SourceEstimator(loader.mixture, loader.probes, probe_samples=5, source_samples=3)
     mixing = OnlineMixing(controller, estimator, ledger_path=folder / "ledger.jsonl")
     trainer = tiny_trainer(loader, folder, 7, algorithms=[mixing], save_folder=None)
     trainer.state.device_train_microbatch_size = 6

@@ -19,7 +19,7 @@ from composer.loggers import InMemoryLogger, Logger
 
 from cheapertraining.data.mixing import MixtureLoader
 from cheapertraining.errors import UserError
-from cheapertraining.influence import LookAheadEstimator
+from cheapertraining.influence import SourceEstimator
 from cheapertraining.mixing import (
     Constraints,
     InfluenceStrategy,
@@ -42,7 +42,7 @@ def mixing_of(
     controller = MixtureController(loader.mixture, strategy, Constraints(floor=0.05, kl_step=0.5), **settings)
     estimator = None
     if controller.needs_influence:
-        estimator = LookAheadEstimator(loader.mixture, loader.probes, probe_samples=4, source_samples=4)
+        estimator = SourceEstimator(loader.mixture, loader.probes, probe_samples=4, source_samples=4)
     return OnlineMixing(controller, estimator, ledger_path=ledger, log_interval=2)
 
 

@@ -1,4 +1,4 @@
-"""The look-ahead estimator: against autograd, without a trace, and through every kind of model."""
+"""Scores of sources: against autograd, without a trace, and through every kind of model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cheapertraining.errors import UserError
-from cheapertraining.influence import LookAheadEstimator, ProbeBank
+from cheapertraining.influence import ProbeBank, SourceEstimator
 from cheapertraining.influence.model_access import sample_losses
 from cheapertraining.influence.parameters import select_parameters
 from tests.influence.test_forward import autograd_products
 from tests.influence.tiny_llama import VOCABULARY, Batch, Sources, probe_loader, random_batch, tiny_llama
 
 
-def estimator(probes: Mapping[str, DataLoader[Batch]] | None = None, **options: Any) -> LookAheadEstimator:
-    return LookAheadEstimator(Sources(), probes or {"p": probe_loader(low=0, high=20)}, **options)
+def estimator(probes: Mapping[str, DataLoader[Batch]] | None = None, **options: Any) -> SourceEstimator:
+    return SourceEstimator(Sources(), probes or {"p": probe_loader(low=0, high=20)}, **options)
 
 
 def test_scores_are_token_weighted_means_of_autograd_products() -> None:
@@ -219,7 +219,7 @@ def test_half_precision_parameters_are_refused() -> None:
     ("options", "message"),
     [
         ({"metric": "cosine"}, "needs the norm of each source's gradient"),
-        ({"metric": "rav"}, r"expected one of raw, adam, found 'rav'\. Did you mean 'raw'"),
+        ({"metric": "rav"}, r"expected one of raw, adam, layer_scale, datainf, kfac, ekfac, found 'rav'\. Did you mean 'raw'"),
         ({"source_samples": 1}, "expected at least 2"),
         ({"step_size": 0.0}, "expected a relative step"),
         ({"probe_samples": 0}, "expected at least 1"),
