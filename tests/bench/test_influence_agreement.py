@@ -126,6 +126,7 @@ def test_metrics_are_those_of_others() -> None:
     assert spearman(ranks, ranks**3 * np.array([1.0, -1.0])).tolist() == pytest.approx([1.0, -1.0])
     values = rng.normal(size=400)
     assert mean_and_error([values]) == pytest.approx((values.mean(), values.std() / 20), rel=0.1)
+    assert mean_and_error([np.array([2.0])]) == (2.0, None)
     assert mean_and_error([np.array([1.0]), np.array([2.0]), np.array([3.0])]) == pytest.approx((2.0, 1 / 3**0.5))
 
 

@@ -33,15 +33,17 @@ def area_under_curve(scores: Float64, positive: NDArray[np.bool_]) -> float:
     return float(below / (count * (len(scores) - count)))
 
 
-def mean_and_error(seeds: Sequence[Float64], draws: int = 1000) -> tuple[float, float]:
+def mean_and_error(seeds: Sequence[Float64], draws: int = 1000) -> tuple[float, float | None]:
     """Mean over seeds of the means over queries, and its standard error.
 
     Over two seeds and more it comes from the differences between them, which hold all randomness there is: data,
-    queries, initial weights, subsets. Of one seed it is that of a bootstrap over the queries.
+    queries, initial weights, subsets. Of one seed it is that of a bootstrap over the queries, None where there is but one.
     """
     means = np.array([values.mean() for values in seeds])
     if len(means) > 1:
         return float(means.mean()), float(means.std(ddof=1) / len(means) ** 0.5)
     values = seeds[0]
+    if len(values) == 1:
+        return float(means[0]), None
     picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
     return float(means[0]), float(values[picks].mean(axis=1).std())

@@ -65,7 +65,7 @@ class Size:
 
 
 FULL = Size(seeds=3, digits=256, language=64, mixtures=24)
-QUICK = Size(seeds=1, digits=64, language=16, mixtures=12, slow=False)
+QUICK = Size(seeds=1, digits=32, language=16, mixtures=8, slow=False)
 
 
 def agreement(scores: Mapping[str, Tensor], ensemble: Ensemble, groups: Tensor | None = None) -> Column:
@@ -165,7 +165,7 @@ def measure(size: Size, cache: Path | None) -> tuple[dict[str, list[Column]], fl
     return found, worst
 
 
-def summary(found: Mapping[str, Sequence[Column]]) -> dict[str, dict[str, tuple[float, float]]]:
+def summary(found: Mapping[str, Sequence[Column]]) -> dict[str, dict[str, tuple[float, float | None]]]:
     """Mean and standard error by estimator and column."""
     names = list(dict.fromkeys(name for columns in found.values() for name in columns[0]))
     return {
@@ -176,6 +176,12 @@ def summary(found: Mapping[str, Sequence[Column]]) -> dict[str, dict[str, tuple[
         }
         for name in names
     }
+
+
+def _text(cell: tuple[float, float | None] | None) -> str:
+    if cell is None:
+        return ""
+    return f"{cell[0]:.3f}" if cell[1] is None else f"{cell[0]:.3f} +- {cell[1]:.3f}"
 
 
 def main() -> None:
@@ -193,8 +199,7 @@ def main() -> None:
     table = summary(found)
     print(f"{'':24}" + "".join(f"{column:>16}" for column in COLUMNS))
     for name, cells in table.items():
-        texts = [f"{cells[c][0]:.3f} +- {cells[c][1]:.3f}" if c in cells else "" for c in COLUMNS]
-        print(f"{name:24}" + "".join(f"{text:>16}" for text in texts))
+        print(f"{name:24}" + "".join(f"{_text(cells.get(column)):>16}" for column in COLUMNS))
     print(f"{size.seeds} seeds, {time.process_time() - start:.0f} CPU-seconds")
     print(f"largest relative difference between the package and dense references: {worst:.1e}")
     if arguments.json:
