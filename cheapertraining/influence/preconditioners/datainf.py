@@ -147,7 +147,11 @@ class DataInf(LayerScale):
 
 
 def datainf_scores(
-    probes: torch.Tensor, squared_norms: torch.Tensor, gram: torch.Tensor, candidates: torch.Tensor, lambda_: float
+    probes: torch.Tensor,
+    squared_norms: torch.Tensor,
+    gram: torch.Tensor,
+    candidates: torch.Tensor,
+    lambda_: float | torch.Tensor,
 ) -> torch.Tensor:
     """DataInf's scores on one layer, from inner products alone: exactly ``<H^-1 v_k, g_m>``.
 

@@ -17,14 +17,15 @@ from cheapertraining.errors import UserError
 from cheapertraining.influence.aggregation import By
 from cheapertraining.influence.losses import IGNORED
 from cheapertraining.influence.parameters import Directions
+from cheapertraining.influence.preconditioners.datainf import datainf_scores
 from cheapertraining.influence.scorers import SampleScores
 from cheapertraining.influence.scorers.backward import Watch, refuse_compiled, watched
-from cheapertraining.influence.scorers.consumers import Moment, Moments, Products
+from cheapertraining.influence.scorers.consumers import Moments, Products
 from cheapertraining.influence.scorers.hook import directed_parameters, whole
 from cheapertraining.influence.scorers.sites import find_sites
 from cheapertraining.influence.scorers.units import Units
 
-__all__ = ["FusedScorer", "datainf_scores"]
+__all__ = ["FusedScorer"]
 
 
 class FusedScorer:
@@ -122,30 +123,24 @@ class FusedScorer:
             return consumer.scores / loss_scale
         total = torch.zeros((), dtype=torch.float64)
         for name, moment in consumer.found.items():
-            unscaled = Moment(
-                moment.products.double() / loss_scale, moment.gram.double() / loss_scale**2, moment.elements
-            )
-            if self._datainf is None:
-                total = total + unscaled.products
-            else:
-                given = self._datainf[name] if isinstance(self._datainf, Mapping) else None
-                scale = self._datainf if isinstance(self._datainf, float) else 0.0
-                total = total + datainf_scores(unscaled, scale, given)
+            products, gram = moment.products.double() / loss_scale, moment.gram.double() / loss_scale**2
+            if self._datainf is not None:
+                products = _preconditioned(products, gram, self._damping(name, gram, moment.elements))
+            total = total + products
         return total
 
+    def _damping(self, name: str, gram: torch.Tensor, elements: int) -> torch.Tensor:
+        """DataInf's ``lambda`` of one parameter: as given, or by the authors' rule over the microbatch."""
+        if isinstance(self._datainf, Mapping):
+            return gram.new_tensor(self._datainf[name])
+        assert self._datainf is not None
+        return gram.diagonal().mean() * float(self._datainf) / elements
 
-def datainf_scores(moment: Moment, scale: float, damping: float | None = None) -> torch.Tensor:
-    """``<H^-1 v_k, g_i>`` of one parameter ``[N, K]``, with the units themselves as the Fisher set.
 
-    DataInf (Kwon et al., 2310.00902, equation 5) as matrix products: with ``W = <g_i, v_k>``, ``K`` the Gram matrix,
-    ``s`` its diagonal and damping ``l``, it is ``(W - K (W / (l + s)) / N) / l``. The damping is ``scale`` times the
-    mean square of the gradients' elements (the official code's rule), unless given. Zero gradients score zero.
-    """
-    squares = moment.gram.diagonal()
-    level = squares.mean() * scale / moment.elements if damping is None else squares.new_tensor(damping)
-    weighted = moment.products / (level + squares)[:, None]
-    scores = (moment.products - moment.gram @ weighted / len(squares)) / level
-    return torch.where(level > 0, scores, torch.zeros_like(scores))
+def _preconditioned(products: torch.Tensor, gram: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
+    """DataInf's scores ``[N, K]`` of one parameter, with the units as the Fisher set; zero gradients score 0."""
+    scores = datainf_scores(products.t(), gram.diagonal(), gram, products.t(), damping).t()
+    return torch.where(damping > 0, scores, torch.zeros_like(scores))
 
 
 def _squares(consumer: Moments) -> torch.Tensor:
