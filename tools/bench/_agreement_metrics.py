@@ -37,7 +37,7 @@ def mean_and_error(seeds: Sequence[Float64], draws: int = 1000) -> tuple[float, 
     """Mean over seeds of the means over queries, and its standard error.
 
     Over two seeds and more it comes from the differences between them, which hold all randomness there is: data,
-    queries, initial weights, subsets. Of one seed it is that of a bootstrap over the queries, None where there is but one.
+    queries, initial weights, subsets. Of one seed it is that of a bootstrap over the queries; None for a single value.
     """
     means = np.array([values.mean() for values in seeds])
     if len(means) > 1:
