@@ -21,9 +21,22 @@ def bench(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Module
     return importlib.import_module(f"tools.bench.{name}")
 
 
-@pytest.mark.parametrize(
-    "name", ["adaptation", "conversion", "loader", "mixing_overhead", "plan", "startup", "step", "verify"]
-)
+NAMES = [
+    "adaptation",
+    "conversion",
+    "influence_agreement",
+    "influence_cost",
+    "loader",
+    "mixing_law",
+    "mixing_overhead",
+    "plan",
+    "startup",
+    "step",
+    "verify",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_help_gives_the_command(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         bench(name, monkeypatch, "--help").main()
