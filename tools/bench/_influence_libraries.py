@@ -178,11 +178,13 @@ def kronfluence(setting: Setting, what: str) -> Case:
 def dattri(setting: Setting) -> Case:
     """Products of whole gradients (TracIn at one checkpoint), without the projection that it makes by default.
 
-    Each side is one batch: with more of them, it forms the queries' gradients again for each batch of samples.
+    Each side is one batch: with more of them, it forms the queries' gradients again for each batch of samples. At most
+    eight samples, in the baseline too: whole gradients and activations of all of them are held at once.
     """
     from dattri.algorithm.tracin import TracInAttributor
     from dattri.task import AttributionTask
 
+    setting = Setting(setting.params, min(setting.rows, 8), setting.length)
     model = copy.deepcopy(setting.model)
 
     def loss(parameters: dict[str, torch.Tensor], row: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -219,5 +221,5 @@ OTHERS = (
     _named("kronfluence", "EK-FAC covariance fit", kronfluence, what="covariance"),
     _named("kronfluence", "EK-FAC lambda fit", kronfluence, what="lambda"),
     _named("kronfluence", "EK-FAC, pairwise with queries", kronfluence, what="ekfac"),
-    _named("dattri", "TracIn, pairwise with queries", dattri),
+    _named("dattri", "TracIn, pairwise with queries, 8 samples", dattri),
 )
