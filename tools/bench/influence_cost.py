@@ -9,7 +9,7 @@ takes turns with its baseline, and the figure is the ratio of their CPU times (o
 the same turn: median [quartiles] over the turns. What scores "with the training step" is a whole training step with
 scores, what is "a pass of its own" comes beside training. Peak memory is that of a process of its own beyond model and
 batch, with directions and factors, over that of the plain step. kronfluence and dattri are measured where they are
-installed (`pip install -e .[bench]`). The whole takes about 12 CPU-minutes; `--quick` (one turn, small batches, no
+installed (`pip install -e .[bench]`). The whole takes 10 to 13 CPU-minutes; `--quick` (one turn, small batches, no
 other libraries) less than one.
 """
 
@@ -34,6 +34,7 @@ from tools.bench._influence_setting import Setting, cpu_seconds
 
 TOKENS = {"2.5M": 4096, "10M": 2048}
 QUICK_TOKENS, FEW = 512, 8
+WITHOUT_GOAL = 3  # turns at most, of what is not on the curves
 MEMORY, MEMORY_GOAL = "peak memory", 1.5
 # By name; what is not here differs little from what is.
 MEASURED_MEMORY = (
@@ -167,7 +168,9 @@ def main() -> None:
     parser.add_argument("--params", choices=TOKENS, nargs="+", default=["2.5M", "10M"])
     parser.add_argument("--length", type=int, choices=(128, 256, 512), nargs="+", default=[128, 512])
     parser.add_argument("--only", default="", help="candidates whose name holds this; 'memory' for that alone")
-    parser.add_argument("--repeats", type=int, default=5, help="turns; half as many after the first model")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="turns; half as many after the first model, at most 3 without a goal"
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     parser.add_argument("--markdown", action="store_true", help="print tables, and progress to stderr")
     parser.add_argument("--quick", action="store_true", help="one turn, the first model and length, small batches")
@@ -186,9 +189,9 @@ def main() -> None:
 
     for setting, chosen, turns in plan(arguments):
         if chosen:
-            print(f"{setting}: {turns} turns", file=progress, flush=True)
+            print(f"{setting}: up to {turns} turns", file=progress, flush=True)
         for candidate in chosen:
-            report(measure(candidate, setting, turns))
+            report(measure(candidate, setting, turns if candidate.curve else min(turns, WITHOUT_GOAL)))
     names = [name for name in MEASURED_MEMORY if arguments.only in (*MEMORY.split(), name) or arguments.only in name]
     for setting in _with_memory(arguments) if names else ():
         print(f"{setting}: {MEMORY}", file=progress, flush=True)
