@@ -21,9 +21,9 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from cheapertraining import training
 from cheapertraining.config import load_run_config
 from cheapertraining.data import MixedDataset
+from cheapertraining.training import run as training
 
 
 class Recorder(Callback):

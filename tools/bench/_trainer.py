@@ -13,8 +13,8 @@ from composer import Trainer
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from cheapertraining import training
 from cheapertraining.config import RunConfig
+from cheapertraining.training import run as training
 
 __all__ = ["StepClock", "build_trainer", "close_quietly", "fit_quietly"]
 

@@ -119,7 +119,7 @@ def child(run: str, overrides: list[str]) -> None:
     import composer
 
     marks.mark("import composer")
-    from cheapertraining import training
+    from cheapertraining.training import run as training
 
     marks.mark("import the rest")
 
