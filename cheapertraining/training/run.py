@@ -112,6 +112,11 @@ def _fit(trainer: Trainer, config: RunConfig, random_states: list[dict[str, Any]
     except SystemExit:  # told to end; on all ranks, so that closing them together is safe
         trainer.close()  # type: ignore[no-untyped-call]
         raise
+    except BaseException:
+        # Perhaps this rank alone, so not trainer.close, which waits for all. Left to itself, the engine is closed where
+        # it is collected, which may be in a thread that reads ahead, where nothing can close it in good order.
+        trainer.engine.close()
+        raise
     trainer.close()  # type: ignore[no-untyped-call]
 
 

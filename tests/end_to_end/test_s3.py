@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,12 +18,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from cheapertraining.config import load_run_config
 from cheapertraining.data import get_loader
 from cheapertraining.data.conversion import Job, Settings, TextEncoder, convert
 from cheapertraining.data.conversion.destination import Destination
 from cheapertraining.data.pieces import list_pieces
 from cheapertraining.data.store import ShardFolder, ShardStore
 from cheapertraining.errors import UserError
+from cheapertraining.training import train
 from tests.end_to_end.real_runs import ROOT, comparable_metrics, final_state, model_hash, record, recorded, write_yaml
 from tests.end_to_end.s3_server import CuttingProxy, S3Server
 
@@ -316,10 +319,8 @@ def test_damaged_shard_is_never_kept(s3: S3Server, local: Path, tmp_path: Path, 
     assert no_parts_in(tmp_path)
 
 
-def test_shard_that_is_missing_in_the_middle_of_a_run_is_one_line(
-    s3: S3Server, local: Path, tmp_path: Path, data: Any
-) -> None:
-    """Met by a worker process of the loader."""
+def write_run_with_a_hole(s3: S3Server, local: Path, tmp_path: Path, data: Any) -> tuple[Path, str]:
+    """A run yaml over remote shards of which one is missing, and their address."""
     folder = tmp_path / "holes"
     shutil.copytree(local, folder)
     (folder / "docs" / "train" / "shard.00003.mds").unlink()
@@ -328,7 +329,14 @@ def test_shard_that_is_missing_in_the_middle_of_a_run_is_one_line(
     sources = {"code": {"weight": 1}, "docs": {"weight": 10}, "topics": {"weight": 1}}
     config = data(tmp_path / "cache", remote=remote, download_retry=0, sources=sources)
     part.write_text(json.dumps({"data": config}), encoding="utf-8")
-    run = write_yaml(tmp_path / "run.yaml", part, run_name="holes")
+    return write_yaml(tmp_path / "run.yaml", part, run_name="holes"), remote
+
+
+def test_shard_that_is_missing_in_the_middle_of_a_run_is_one_line(
+    s3: S3Server, local: Path, tmp_path: Path, data: Any
+) -> None:
+    """Met by a worker process of the loader."""
+    run, remote = write_run_with_a_hole(s3, local, tmp_path, data)
     command = [sys.executable, str(ROOT / "train.py"), str(run), "train_loader.num_workers=1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
     assert done.returncode == 2, done.stderr
@@ -337,3 +345,22 @@ def test_shard_that_is_missing_in_the_middle_of_a_run_is_one_line(
     assert len(said) == 1
     assert expected in said[0]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_run_that_failed_has_closed_what_it_opened(
+    s3: S3Server, local: Path, tmp_path: Path, data: Any, workers: int
+) -> None:
+    """What is still open would be closed in whichever thread collects it, and perhaps after the interpreter's end."""
+    run, _ = write_run_with_a_hole(s3, local, tmp_path, data)
+    handler = signal.getsignal(signal.SIGTERM)
+    before = set(threading.enumerate())
+    with pytest.raises(UserError, match="404 Not Found") as error:
+        train(load_run_config(str(run), [f"train_loader.num_workers={workers}"]))
+    assert signal.getsignal(signal.SIGTERM) is handler, "the trainer is not closed"
+    left = [thread for thread in threading.enumerate() if thread not in before]
+    for thread in left:  # a download under way, and a queue's thread that has been told to end
+        thread.join(30)
+    assert not [thread for thread in left if thread.is_alive()]
+    assert not multiprocessing.active_children()
+    assert error.tb is not None, "the frames of the run are still held"
