@@ -219,7 +219,7 @@ def test_half_precision_parameters_are_refused() -> None:
     ("options", "message"),
     [
         ({"metric": "cosine"}, "needs the norm of each source's gradient"),
-        ({"metric": "rav"}, r"expected one of raw, adam, layer_scale, datainf, kfac, ekfac, found 'rav'\. Did you mean 'raw'"),
+        ({"metric": "rav"}, r"expected one of raw, adam, .* ekfac, found 'rav'\. Did you mean 'raw'"),
         ({"source_samples": 1}, "expected at least 2"),
         ({"step_size": 0.0}, "expected a relative step"),
         ({"probe_samples": 0}, "expected at least 1"),
