@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import netrc
 import os
-from collections.abc import Mapping
+import pickle
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from cheapertraining.config import (
     InfluenceScoresConfig,
+    ModelConfig,
     OnlineMixingConfig,
     OptimizerConfig,
     RunConfig,
@@ -34,15 +36,29 @@ from cheapertraining.config import (
 )
 from cheapertraining.data import Batch, MixtureLoader, TokenizerWrapper, get_loader
 from cheapertraining.errors import UserError
-from cheapertraining.influence import SourceEstimator
+from cheapertraining.influence import ProbeBank, SourceEstimator
 from cheapertraining.influence.algorithm import InfluenceScores
+from cheapertraining.influence.scorers.gram import GradientEstimator
 from cheapertraining.mixing import (
+    GRAM,
+    INFLUENCE,
+    PROBE_LOSSES,
+    REFERENCE,
+    ADOStrategy,
+    AioliStrategy,
     Constraints,
+    DoGEStrategy,
+    DoReMiStrategy,
+    GRAPEStrategy,
     InfluenceStrategy,
     MixtureController,
+    ODMStrategy,
     OnlineMixing,
+    PiKEStrategy,
     ProportionalStrategy,
+    RnBStrategy,
     ScheduleStrategy,
+    SkillItStrategy,
     StaticStrategy,
     Strategy,
     UniMaxStrategy,
@@ -214,8 +230,40 @@ def build_strategy(config: OnlineMixingConfig) -> Strategy:
         return UniMaxStrategy(max_epochs=config.unimax.max_epochs)
     if config.strategy == "schedule":
         return ScheduleStrategy([asdict(point) for point in config.schedule.points])
-    influence = config.influence
-    return InfluenceStrategy(learning_rate=influence.learning_rate, ema=influence.ema, threshold=influence.threshold)
+    if config.strategy == "ado":
+        return ADOStrategy()
+    if config.strategy == "doremi":
+        return DoReMiStrategy(step=config.doremi.step, smoothing=config.doremi.smoothing)
+    if config.strategy == "influence":
+        own = config.influence
+        return InfluenceStrategy(own.learning_rate, own.ema, own.threshold, own.update, own.robust, own.guard)
+    kinds: dict[str, Callable[..., Strategy]] = {
+        "doge": DoGEStrategy,
+        "odm": ODMStrategy,
+        "skillit": SkillItStrategy,
+        "pike": PiKEStrategy,
+        "rnb": RnBStrategy,
+        "grape": GRAPEStrategy,
+        "aioli": AioliStrategy,
+    }
+    return kinds[config.strategy](**asdict(getattr(config, config.strategy)))  # Settings of one name and meaning.
+
+
+def build_reference(config: RunConfig, path: str, tokenizer: TokenizerWrapper, precision: Precision) -> CausalLM:
+    """The model that ``doremi`` compares with: a Hugging Face folder, or a checkpoint of this run's model."""
+    key = "algorithms.online_mixing.doremi.reference"
+    if Path(path).is_dir():
+        return build_causal_lm(ModelConfig(name_or_path=path), tokenizer.vocab_size, precision=precision)
+    if not Path(path).is_file():
+        raise UserError(f"{key}: expected a Hugging Face folder or a checkpoint (.pt), found nothing at '{path}'.")
+    model = build_model(config, tokenizer, precision)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=False)["state"]["model"]
+        model.load_state_dict(saved)
+    except (RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{key}: expected a checkpoint of this run's model, found {path} ({reason}).") from error
+    return model
 
 
 def build_online_mixing(
@@ -237,20 +285,36 @@ def build_online_mixing(
         warmup=int(split_duration(mixing.warmup)[0]),
         horizon_tokens=planned_tokens(config),
     )
-    estimator = None
-    if controller.needs_influence:
+    needs, own = controller.strategy.needs, mixing.influence
+    weights = {name: probe.weight for name, probe in config.data.probes.items()}
+    estimator = gradients = probes = reference = None
+    if INFLUENCE in needs:
         estimator = SourceEstimator(
             loader.mixture,
             loader.probes,
-            {name: probe.weight for name, probe in config.data.probes.items()},
-            probe_samples=mixing.influence.probe_samples,
-            source_samples=mixing.influence.source_samples,
-            metric=mixing.influence.metric,
-            scorer=mixing.influence.scorer,
-            step_size=mixing.influence.step_size,
+            weights,
+            probe_samples=own.probe_samples,
+            source_samples=own.source_samples,
+            metric="raw" if mixing.strategy == "grape" else own.metric,
+            scorer=own.scorer,
+            step_size=own.step_size,
             seed=config.seed,
         )
-    return OnlineMixing(controller, estimator, ledger_path=folder / "mixture.jsonl")
+    if GRAM in needs:
+        gradients = GradientEstimator(loader.mixture, own.source_samples, config.seed)
+    if PROBE_LOSSES in needs:
+        probes = ProbeBank(loader.probes, weights, own.probe_samples)
+    if mixing.doremi.reference is not None and REFERENCE in needs:
+        precision = resolve_precision(config, resolve_device(config))
+        reference = build_reference(config, mixing.doremi.reference, build_tokenizer(config), precision)
+    return OnlineMixing(
+        controller,
+        estimator,
+        gradients=gradients,
+        probes=probes,
+        reference=reference,
+        ledger_path=folder / "mixture.jsonl",
+    )
 
 
 # ---- algorithms, callbacks, loggers ------------------------------------------------------------------------

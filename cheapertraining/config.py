@@ -212,9 +212,9 @@ class InfluenceConfig:
     learning_rate: Positive = 1.0
     """Step of the exponentiated-gradient update of the weights."""
     probe_samples: Count = 8
-    """Samples of each probe in a measurement."""
+    """Samples of each probe in a measurement, of every strategy that measures."""
     source_samples: Annotated[int, between(2)] = 4
-    """Samples of each source in a measurement."""
+    """Samples of each source in a measurement, of every strategy that measures."""
     ema: Share = 0.9
     """Share of the old scores kept at each update."""
     metric: Literal["raw", "adam", "layer_scale", "datainf", "kfac", "ekfac"] = "raw"
@@ -225,6 +225,12 @@ class InfluenceConfig:
     """Length of the look-ahead step, relative to the norm of the parameters."""
     threshold: NonNegative = 2.5
     """Scores nearer to the mean than this many standard errors count as no evidence."""
+    update: Literal["exponentiated", "kl_proximal"] = "exponentiated"
+    """The second also holds the weights near those at the start."""
+    robust: bool = False
+    """Give the probes that improve least more weight in the objective."""
+    guard: bool = False
+    """Go back towards the weights at the start where predicted changes of the probes' losses do not come true."""
 
 
 @dataclass
@@ -253,10 +259,109 @@ class ScheduleConfig:
 
 
 @dataclass
+class DoGEConfig:
+    """Weight to the sources whose gradients are aligned with the others'."""
+
+    mu: Positive = 0.05
+    """Smaller moves the weights faster."""
+    max_score: Positive = 5.0
+    smoothing: Share = 0.0
+    """Share of the uniform mixture mixed in; likewise below."""
+
+
+@dataclass
+class DoReMiConfig:
+    """Weight to the sources on which the model is furthest behind a reference model."""
+
+    reference: str | None = None
+    """A Hugging Face folder, or a checkpoint (.pt) of a run with this run's model."""
+    step: Positive = 1.0
+    smoothing: Share = 1e-3
+
+
+@dataclass
+class ODMConfig:
+    """A bandit that is rewarded with loss."""
+
+    ema: Annotated[float, between(0, 0.999999)] = 0.9
+    """Share of the old reward kept at each decision."""
+
+
+@dataclass
+class PiKEConfig:
+    """Squared norm of each source's gradient against its noise."""
+
+    signal: NonNegative = 0.1
+    noise: NonNegative = 0.1
+
+
+@dataclass
+class RnBConfig:
+    """A softmax of what each source's gradient does for a target mixture of the sources."""
+
+    temperature: Positive = 0.1
+    target: dict[str, NonNegative] | None = None
+    """null is the weights at the start."""
+
+
+@dataclass
+class GRAPEConfig:
+    """Several probes, those that improve least first."""
+
+    mu_weights: Positive = 0.05
+    mu_probes: Positive = 0.05
+
+
+@dataclass
+class AioliConfig:
+    """Rounds of stretches that lean on one source each, then of training on what they taught."""
+
+    eta: Positive = 0.2
+    one_hot: Annotated[float, between(0.01, 1)] = 0.75
+    """Share of the source that a stretch leans on."""
+    rounds: Count = 1
+    """Stretches of each source in a round."""
+    stretch: Count = 1
+    """Decisions that a stretch lasts; best at least the lag of new weights."""
+    hold: Count = 8
+    """Decisions of training between two sweeps over the sources."""
+    ema: Annotated[float, between(0, 0.999999)] = 0.0
+
+
+@dataclass
+class SkillItConfig:
+    """The probes' losses, sent back along a graph of which source teaches which probe."""
+
+    eta: Positive = 0.2
+    window: Count = 3
+    """Decisions whose losses are summed."""
+    graph: dict[str, dict[str, NonNegative]] | None = None
+    """{source: {probe: strength}}; null: learnt at the start by stretches as Aioli's."""
+    one_hot: Annotated[float, between(0.01, 1)] = 0.75
+    rounds: Count = 1
+    stretch: Count = 1
+
+
+@dataclass
 class OnlineMixingConfig:
     """Changes the mixture while it trains."""
 
-    strategy: Literal["static", "proportional", "unimax", "schedule", "influence"] = "influence"
+    strategy: Literal[
+        "static",
+        "proportional",
+        "unimax",
+        "schedule",
+        "influence",
+        "doge",
+        "doremi",
+        "odm",
+        "ado",
+        "skillit",
+        "pike",
+        "rnb",
+        "grape",
+        "aioli",
+    ] = "influence"
     interval: Annotated[str, duration("ba")] = "25ba"
     """Batches between two decisions."""
     warmup: Batches = "25ba"
@@ -266,6 +371,14 @@ class OnlineMixingConfig:
     proportional: ProportionalConfig = field(default_factory=ProportionalConfig)
     unimax: UniMaxConfig = field(default_factory=UniMaxConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    doge: DoGEConfig = field(default_factory=DoGEConfig)
+    doremi: DoReMiConfig = field(default_factory=DoReMiConfig)
+    odm: ODMConfig = field(default_factory=ODMConfig)
+    skillit: SkillItConfig = field(default_factory=SkillItConfig)
+    pike: PiKEConfig = field(default_factory=PiKEConfig)
+    rnb: RnBConfig = field(default_factory=RnBConfig)
+    grape: GRAPEConfig = field(default_factory=GRAPEConfig)
+    aioli: AioliConfig = field(default_factory=AioliConfig)
 
 
 @dataclass
@@ -628,6 +741,9 @@ def _config_of_what_is_there(data: DataConfig) -> Path | None:
     return None
 
 
+_TOWARDS_PROBES = ("influence", "grape", "aioli", "skillit")
+
+
 def _problems_between_parts(config: RunConfig) -> Problems:
     problems = _data_problems(config.data)
     mixing, model = config.algorithms.online_mixing, config.model
@@ -642,8 +758,11 @@ def _problems_between_parts(config: RunConfig) -> Problems:
         problems.append(("model.max_position_embeddings", expected))
     if config.autoresume and config.run_name is None:
         problems.append(("run_name", "autoresume needs one, to find the run's checkpoints at the next start."))
-    if mixing is not None and mixing.strategy == "influence" and not config.data.probes:
-        problems.append(("data.probes", "strategy 'influence' steers towards probes: name at least one."))
+    if mixing is not None and mixing.strategy in _TOWARDS_PROBES and not config.data.probes:
+        problems.append(("data.probes", f"strategy '{mixing.strategy}' steers towards probes: name at least one."))
+    if mixing is not None and mixing.strategy == "doremi" and mixing.doremi.reference is None:
+        key = "algorithms.online_mixing.doremi.reference"
+        problems.append((key, "strategy 'doremi' compares with a reference model: name its folder or checkpoint."))
     if config.algorithms.influence_scores is not None and not config.data.probes:
         problems.append(("data.probes", "influence_scores are towards probes: name at least one."))
     if mixing is not None and mixing.strategy == "schedule":

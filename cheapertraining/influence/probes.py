@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader
 
 from cheapertraining.errors import UserError, nearest
 from cheapertraining.influence.model_access import check_vocabulary, no_trace, sample_losses, to_device, unwrap
-from cheapertraining.influence.parameters import Directions, wide, zeros_like
+from cheapertraining.influence.parameters import Directions, select_parameters, wide, zeros_like
 from cheapertraining.influence.ranks import check_equal_counts, rank_rows, sum_over_ranks
 from cheapertraining.influence.scorers import COMBINED
-from cheapertraining.influence.sharding import Shards, gradient_scale, gradients_set_aside, is_sharded, local
+from cheapertraining.influence.sharding import Shards, gradient_scale, gradients_set_aside, is_sharded, local, reshard
 
 __all__ = ["ProbeBank", "ProbeLosses"]
 
@@ -225,6 +225,20 @@ class ProbeBank:
         for part in gradient.values():
             part /= tokens
         return gradient, losses
+
+    def losses(self, model: nn.Module, update_index: int, microbatch_size: int | None = None) -> dict[str, ProbeLosses]:
+        """The probes' losses alone, by forward passes. Arguments and errors as of :meth:`directions`."""
+        found: dict[str, ProbeLosses] = {}
+        device = next(iter(select_parameters(model).values())).device
+        with no_trace(model), torch.no_grad():
+            for name in self.names:
+                indices = self.window(name, update_index)
+                totals = torch.zeros(2, len(indices), dtype=torch.float64, device=device)
+                for _ in self._passes(unwrap(model), name, indices, microbatch_size, totals):
+                    reshard(model)  # FSDP keeps what it gathered for a pass without gradients.
+                sum_over_ranks(totals)
+                found[name] = ProbeLosses(indices, *totals.cpu().numpy())
+        return found
 
     def _passes(
         self,

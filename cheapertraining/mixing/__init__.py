@@ -8,11 +8,30 @@ from typing import TYPE_CHECKING, Any
 from cheapertraining.mixing.calculator import MixtureWeightCalculator, create_mixture_calculator
 from cheapertraining.mixing.constraints import Constraints
 from cheapertraining.mixing.controller import Decision, Mixture, MixtureController
-from cheapertraining.mixing.signals import INFLUENCE, LOSSES, Signals, SourceInfo, Strategy
+from cheapertraining.mixing.signals import (
+    GRAM,
+    INFLUENCE,
+    LOSSES,
+    PROBE_LOSSES,
+    REFERENCE,
+    ProbeReading,
+    Signals,
+    SourceInfo,
+    Strategy,
+)
 from cheapertraining.mixing.strategies import (
+    ADOStrategy,
+    AioliStrategy,
+    DoGEStrategy,
+    DoReMiStrategy,
+    GRAPEStrategy,
     InfluenceStrategy,
+    ODMStrategy,
+    PiKEStrategy,
     ProportionalStrategy,
+    RnBStrategy,
     ScheduleStrategy,
+    SkillItStrategy,
     StaticStrategy,
     UniMaxStrategy,
 )
@@ -22,19 +41,32 @@ if TYPE_CHECKING:
     from cheapertraining.mixing.algorithm import OnlineMixing
 
 __all__ = [
+    "GRAM",
     "INFLUENCE",
     "LOSSES",
+    "PROBE_LOSSES",
+    "REFERENCE",
+    "ADOStrategy",
+    "AioliStrategy",
     "Constraints",
     "Decision",
+    "DoGEStrategy",
+    "DoReMiStrategy",
+    "GRAPEStrategy",
     "InfluenceStrategy",
     "InfluenceTracker",
     "Mixture",
     "MixtureController",
     "MixtureWeightCalculator",
+    "ODMStrategy",
     "OnlineMixing",
+    "PiKEStrategy",
+    "ProbeReading",
     "ProportionalStrategy",
+    "RnBStrategy",
     "ScheduleStrategy",
     "Signals",
+    "SkillItStrategy",
     "SourceInfo",
     "StaticStrategy",
     "Strategy",

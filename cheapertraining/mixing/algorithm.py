@@ -15,17 +15,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from composer.core import Algorithm, Event, Precision, State
 from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
+from torch import nn
 
 from cheapertraining.errors import UserError
+from cheapertraining.influence.losses import token_losses
+from cheapertraining.influence.model_access import model_losses
+from cheapertraining.influence.probes import ProbeBank
 from cheapertraining.influence.scorers import SourceInfluence
+from cheapertraining.influence.scorers.gram import GradientEstimator, SourceGradients
 from cheapertraining.influence.scorers.sources import SourceEstimator
 from cheapertraining.mixing.agreement import agreed
 from cheapertraining.mixing.controller import Decision, MixtureController, Totals
+from cheapertraining.mixing.signals import GRAM, PROBE_LOSSES, REFERENCE, ProbeReading
 
 __all__ = ["OnlineMixing"]
 
@@ -41,19 +48,23 @@ class OnlineMixing(Algorithm):
     ``mixture/epochs/<s>``, ``loss/train/<s>`` (mean since the last such log). At each decision also
     ``mixture/overhead``, the share of step time that all of this has taken since training (re)started; and
     where influence was measured ``mixture/score/<probe>/<s>``, ``mixture/score_se/<probe>/<s>``,
-    ``mixture/probe_loss/<probe>``.
+    ``mixture/probe_loss/<probe>``; where gradients were, ``mixture/gradient_norm2/<s>`` and
+    ``mixture/gradient_variance/<s>``.
 
     Composer saves the state of rank 0 alone, so everything in it is the same on all ranks.
 
     Args:
         controller: decides.
-        estimator: measures; needed where the controller's strategy needs influence.
+        estimator: measures; needed where the controller's strategy needs ``INFLUENCE``.
+        gradients: likewise for ``GRAM``.
+        probes: likewise for ``PROBE_LOSSES``; the same samples, the first window of each probe, at every decision.
+        reference: likewise for ``REFERENCE``: a model over the same tokens, frozen here. Each rank holds all of it.
         ledger_path: file that rank 0 appends each decision to, as one JSON object a line. On resuming,
             decisions made after the checkpoint are dropped from it, since they are made again. None: no file.
         log_interval: batches between logs of the mixture.
 
     Raises:
-        UserError: the strategy needs influence and there is no estimator.
+        UserError: the strategy needs a signal that nothing measures.
     """
 
     def __init__(
@@ -61,6 +72,9 @@ class OnlineMixing(Algorithm):
         controller: MixtureController,
         estimator: SourceEstimator | None = None,
         *,
+        gradients: GradientEstimator | None = None,
+        probes: ProbeBank | None = None,
+        reference: nn.Module | None = None,
         ledger_path: str | Path | None = None,
         log_interval: int = 10,
     ) -> None:
@@ -69,13 +83,23 @@ class OnlineMixing(Algorithm):
                 f"algorithms.online_mixing.strategy: '{controller.strategy.name}' measures influence on "
                 "probes, but there is no probe. Add one under data.probes, or use another strategy."
             )
+        needs = {GRAM: gradients, PROBE_LOSSES: probes, REFERENCE: reference}
+        for signal, measures in needs.items():
+            if signal in controller.strategy.needs and measures is None:
+                raise UserError(
+                    f"algorithms.online_mixing.strategy: '{controller.strategy.name}' needs {_MEASURES[signal]}, "
+                    "found none."
+                )
         self.controller = controller
         self.estimator = estimator
+        self.gradients = gradients
+        self.probes = probes
+        self.reference = None if reference is None else reference.eval().requires_grad_(False)
         self.ledger_path = None if ledger_path is None else Path(ledger_path)
         self.log_interval = log_interval
         self._logged = controller.totals
-        # float64 [2, K], losses and tokens by source: of the batch at hand (this rank), and not yet recorded
-        # (all ranks).
+        # float64 [2 or 3, K], losses, tokens and, with a reference model, excess losses by source: of the batch at hand
+        # (this rank), and not yet recorded (all ranks).
         self._batch_sums: torch.Tensor | None = None
         self._pending: torch.Tensor | None = None
         self._mixing_seconds = 0.0
@@ -102,13 +126,15 @@ class OnlineMixing(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.FIT_START:
+            if self.reference is not None:
+                self.reference.to(next(state.model.parameters()).device)
             self._begin(int(state.timestamp.batch))
         elif event == Event.BATCH_START:
             self._step_started = time.perf_counter()
         elif event == Event.BEFORE_TRAIN_BATCH:
             self._batch_sums = None  # A batch is tried again with smaller microbatches when memory ran out.
         elif event == Event.AFTER_LOSS:
-            self._add_microbatch(state.batch, state.outputs)
+            self._add_microbatch(state.batch, state.outputs, self._excess(state))
         else:
             self._end_batch(state, logger)
 
@@ -139,7 +165,18 @@ class OnlineMixing(Algorithm):
         if batch == 0 and (decision := self.controller.start()) is not None:
             self._write(decision)
 
-    def _add_microbatch(self, batch: Any, outputs: Any) -> None:
+    def _excess(self, state: State) -> torch.Tensor | None:
+        """By sample: sum of ``max(loss - reference model's loss, 0)`` over its tokens, float64 ``[B]``."""
+        if self.reference is None:
+            return None
+        outputs: Any = state.outputs
+        with torch.no_grad():
+            own, _ = token_losses(outputs["logits"].detach(), state.batch["labels"])
+            with get_precision_context(state.precision, state.precision_config):
+                other, _ = model_losses(self.reference, state.batch)
+        return (own.double() - other.double()).clamp(min=0).sum(dim=1)
+
+    def _add_microbatch(self, batch: Any, outputs: Any, excess: torch.Tensor | None = None) -> None:
         try:
             sums, tokens, source = outputs["sample_loss_sum"], outputs["sample_tokens"], batch["source"]
         except (KeyError, TypeError, IndexError) as error:
@@ -151,8 +188,8 @@ class OnlineMixing(Algorithm):
         count = len(self.controller.source_names)
         # A sum over a one-hot matrix, since scatter-adds on a GPU differ in the last bits from run to run.
         one_hot = (source[None, :] == torch.arange(count, device=source.device)[:, None]).to(sums.device, torch.float64)
-        both = torch.stack([sums, tokens.to(sums.device)]).detach().double()
-        added = (both[:, None, :] * one_hot[None]).sum(dim=2)
+        rows = [sums, tokens.to(sums.device)] + ([] if excess is None else [excess.to(sums.device)])
+        added = (torch.stack([row.detach().double() for row in rows])[:, None, :] * one_hot[None]).sum(dim=2)
         self._batch_sums = added if self._batch_sums is None else self._batch_sums + added
 
     def _end_batch(self, state: State, logger: Logger) -> None:
@@ -180,28 +217,36 @@ class OnlineMixing(Algorithm):
 
     def _decide(self, state: State, batch: int) -> dict[str, float]:
         self._flush()
-        measured = self._measure(state) if self.controller.needs_influence else None
-        wish = self.controller.propose(batch, measured)
-        weights = agreed(wish, self.controller.source_names)
         learning_rate = float(state.optimizers[0].param_groups[0]["lr"])
-        decision = self.controller.commit(batch, weights, measured, learning_rate)
-        self._write(decision)
-        return {} if measured is None else _influence_metrics(measured)
+        needs = self.controller.strategy.needs
+        with _measuring_context(state):
+            measured = self._measure(state) if self.controller.needs_influence else None
+            gradients = self._measure_gradients(state) if GRAM in needs else None
+            reading = self._read_probes(state) if PROBE_LOSSES in needs else None
+        wish = self.controller.propose(batch, measured, learning_rate, gradients=gradients, probe_losses=reading)
+        weights = agreed(wish, self.controller.source_names)
+        self._write(self.controller.commit(batch, weights, measured, learning_rate, probe_losses=reading))
+        return _metrics_of(measured, gradients, reading)
 
     def _measure(self, state: State) -> SourceInfluence:
         assert self.estimator is not None
-        size = state.device_train_microbatch_size
-        # Probe gradients may be as coarse as training's; the perturbed passes switch autocast off themselves.
-        # In float16 a gradient without loss scaling underflows.
-        coarse = state.precision == Precision.AMP_BF16
-        context = get_precision_context(state.precision, state.precision_config) if coarse else contextlib.nullcontext()
-        with context:
-            return self.estimator.measure(
-                state.model,
-                state.optimizers[0],
-                update_index=self.controller.measurements,
-                microbatch_size=size if isinstance(size, int) else None,
-            )
+        return self.estimator.measure(
+            state.model,
+            state.optimizers[0],
+            update_index=self.controller.measurements,
+            microbatch_size=_microbatch_size(state),
+        )
+
+    def _measure_gradients(self, state: State) -> SourceGradients:
+        assert self.gradients is not None
+        index = self.controller.measurements
+        return self.gradients.measure(state.model, update_index=index, microbatch_size=_microbatch_size(state))
+
+    def _read_probes(self, state: State) -> ProbeReading:
+        assert self.probes is not None
+        losses = self.probes.losses(state.model, 0, _microbatch_size(state))
+        weights = np.array([self.probes.weights[name] for name in self.probes.names])
+        return ProbeReading(self.probes.names, weights, np.array([losses[name].mean for name in self.probes.names]))
 
     def _course(self, batch: int) -> dict[str, float]:
         """Weights, counts and losses by source."""
@@ -227,8 +272,7 @@ class OnlineMixing(Algorithm):
     def _flush(self) -> None:
         """Hand what is pending to the controller. Till then it stays on the device: no step waits for it."""
         if self._pending is not None:
-            losses, tokens = self._pending.cpu().numpy()
-            self.controller.record(losses, tokens)
+            self.controller.record(*self._pending.cpu().numpy())
             self._pending = None
 
     def _write(self, decision: Decision) -> None:
@@ -243,14 +287,46 @@ class OnlineMixing(Algorithm):
             file.write(json.dumps(entry) + "\n")
 
 
-def _influence_metrics(measured: SourceInfluence) -> dict[str, float]:
+_MEASURES = {
+    GRAM: "an estimator of the sources' gradients",
+    PROBE_LOSSES: "probes (data.probes)",
+    REFERENCE: "a reference model (algorithms.online_mixing.doremi.reference)",
+}
+
+
+def _microbatch_size(state: State) -> int | None:
+    size = state.device_train_microbatch_size
+    return size if isinstance(size, int) else None
+
+
+def _measuring_context(state: State) -> contextlib.AbstractContextManager[None]:
+    """Gradients on the side may be as coarse as training's; the perturbed passes switch autocast off themselves.
+
+    In float16 a gradient without loss scaling underflows.
+    """
+    if state.precision == Precision.AMP_BF16:
+        return get_precision_context(state.precision, state.precision_config)
+    return contextlib.nullcontext()
+
+
+def _metrics_of(
+    measured: SourceInfluence | None, gradients: SourceGradients | None, reading: ProbeReading | None
+) -> dict[str, float]:
     metrics: dict[str, float] = {}
-    for row, direction in enumerate(measured.directions):
-        for k, source in enumerate(measured.sources):
-            metrics[f"mixture/score/{direction}/{source}"] = float(measured.scores[row, k])
-            metrics[f"mixture/score_se/{direction}/{source}"] = float(measured.errors[row, k])
-    for probe, loss in zip(measured.probes, measured.probe_losses, strict=True):
-        metrics[f"mixture/probe_loss/{probe}"] = float(loss)
+    if measured is not None:
+        for row, direction in enumerate(measured.directions):
+            for k, source in enumerate(measured.sources):
+                metrics[f"mixture/score/{direction}/{source}"] = float(measured.scores[row, k])
+                metrics[f"mixture/score_se/{direction}/{source}"] = float(measured.errors[row, k])
+        for probe, loss in zip(measured.probes, measured.probe_losses, strict=True):
+            metrics[f"mixture/probe_loss/{probe}"] = float(loss)
+    if gradients is not None:
+        for k, source in enumerate(gradients.sources):
+            metrics[f"mixture/gradient_norm2/{source}"] = float(gradients.squared_norms[k])
+            metrics[f"mixture/gradient_variance/{source}"] = float(gradients.variances[k])
+    if reading is not None:
+        for probe, loss in zip(reading.probes, reading.losses, strict=True):
+            metrics[f"mixture/probe_loss/{probe}"] = float(loss)
     return metrics
 
 

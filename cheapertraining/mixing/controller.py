@@ -5,8 +5,10 @@
     for batch, … in enumerate(loop, start=1):          # batches trained so far
         controller.record(loss_sums, tokens)           # by source, summed over all ranks
         if controller.due(batch):
-            measurement = estimator.measure(…, update_index=controller.measurements) if
-            controller.needs_influence else None controller.step(batch, measurement)
+            measurement = None
+            if controller.needs_influence:
+                measurement = estimator.measure(…, update_index=controller.measurements)
+            controller.step(batch, measurement)
 
 Everything here is arithmetic on numbers that are the same on all ranks, so all ranks decide the same; a
 caller that wants certainty sends rank 0's ``propose`` to the others before ``commit``.
@@ -28,8 +30,17 @@ from numpy.typing import NDArray
 from cheapertraining.data.plan import Exhausted
 from cheapertraining.errors import UserError
 from cheapertraining.influence.scorers import SourceInfluence
+from cheapertraining.influence.scorers.gram import SourceGradients
 from cheapertraining.mixing.constraints import Constraints, repetition_caps
-from cheapertraining.mixing.signals import INFLUENCE, Array, Signals, SourceInfo, Strategy
+from cheapertraining.mixing.signals import (
+    INFLUENCE,
+    REFERENCE,
+    Array,
+    ProbeReading,
+    Signals,
+    SourceInfo,
+    Strategy,
+)
 
 __all__ = ["Decision", "Mixture", "MixtureController", "Totals"]
 
@@ -185,6 +196,8 @@ class MixtureController:
         count = len(self.source_names)
         self.totals = Totals(np.zeros(count), np.zeros(count))
         self._at_decision = self.totals
+        # Excess losses over a reference model, where the strategy needs them.
+        self._excess = self._excess_at_decision = self.totals
         self._prior = dict(mixture.get_current_weights())
         self.constraints = constraints
         self._constraints = self._with_prior()
@@ -197,16 +210,20 @@ class MixtureController:
     @property
     def needs_influence(self) -> bool:
         """Whether a decision wants a measurement."""
-        return INFLUENCE in self.strategy.needs
+        return self._needs(INFLUENCE)
 
-    def record(self, loss_sums: Array, tokens: Array) -> None:
+    def record(self, loss_sums: Array, tokens: Array, excess_sums: Array | None = None) -> None:
         """Add training losses since the last call, summed over all ranks.
 
         Args:
             loss_sums: ``[K]``, nats.
             tokens: ``[K]``, loss-counting tokens.
+            excess_sums: ``[K]``, of ``max(loss - reference model's loss, 0)`` by token, nats; where the strategy needs
+                ``REFERENCE``.
         """
         self.totals = Totals(self.totals.losses + loss_sums, self.totals.tokens + tokens)
+        if excess_sums is not None:
+            self._excess = Totals(self._excess.losses + excess_sums, self._excess.tokens + tokens)
 
     def due(self, batch: int) -> bool:
         """Whether to decide after ``batch`` batches have been trained."""
@@ -224,12 +241,27 @@ class MixtureController:
         return self._commit(0, 0, weights, wish, None, None)
 
     def step(
-        self, batch: int, measurement: SourceInfluence | None = None, learning_rate: float | None = None
+        self,
+        batch: int,
+        measurement: SourceInfluence | None = None,
+        learning_rate: float | None = None,
+        *,
+        gradients: SourceGradients | None = None,
+        probe_losses: ProbeReading | None = None,
     ) -> Decision:
         """Decide and act: :meth:`propose`, then :meth:`commit`."""
-        return self.commit(batch, self.propose(batch, measurement), measurement, learning_rate)
+        weights = self.propose(batch, measurement, learning_rate, gradients=gradients, probe_losses=probe_losses)
+        return self.commit(batch, weights, measurement, learning_rate, probe_losses=probe_losses)
 
-    def propose(self, batch: int, measurement: SourceInfluence | None = None) -> Weights | None:
+    def propose(
+        self,
+        batch: int,
+        measurement: SourceInfluence | None = None,
+        learning_rate: float | None = None,
+        *,
+        gradients: SourceGradients | None = None,
+        probe_losses: ProbeReading | None = None,
+    ) -> Weights | None:
         """Ask the strategy and project its wish; None to leave the weights as they are. The mixture is not
         touched.
 
@@ -238,10 +270,15 @@ class MixtureController:
         Args:
             batch: batches trained so far.
             measurement: needed where :attr:`needs_influence`.
+            learning_rate: the optimizer's, for strategies whose steps are in its unit.
+            gradients, probe_losses: likewise where the strategy's ``needs`` name them.
         """
-        self._wish = self._ask(self._signals(batch, measurement, effective=batch + self.mixture.lag))
-        self._at_decision = self.totals
-        self.measurements += measurement is not None
+        signals = self._signals(batch, measurement, effective=batch + self.mixture.lag)
+        self._wish = self._ask(
+            dataclasses.replace(signals, gradients=gradients, probe_losses=probe_losses, learning_rate=learning_rate)
+        )
+        self._at_decision, self._excess_at_decision = self.totals, self._excess
+        self.measurements += any(each is not None for each in (measurement, gradients, probe_losses))
         if self._wish is None:
             return None
         caps = self._caps(batch)
@@ -255,6 +292,8 @@ class MixtureController:
         weights: Weights | None,
         measurement: SourceInfluence | None = None,
         learning_rate: float | None = None,
+        *,
+        probe_losses: ProbeReading | None = None,
     ) -> Decision:
         """Put weights in force ``lag`` batches from now, and write the decision down.
 
@@ -263,8 +302,13 @@ class MixtureController:
             weights: from :meth:`propose`.
             measurement: what it was made from.
             learning_rate: for the prediction of what the probes' losses will do.
+            probe_losses: to write down.
         """
-        return self._commit(batch, batch + self.mixture.lag, weights, self._wish, measurement, learning_rate)
+        decision = self._commit(batch, batch + self.mixture.lag, weights, self._wish, measurement, learning_rate)
+        if probe_losses is not None:
+            losses = zip(probe_losses.probes, probe_losses.losses, strict=True)
+            decision.probe_losses |= {name: _finite(loss) for name, loss in losses}
+        return decision
 
     def _commit(
         self,
@@ -320,7 +364,20 @@ class MixtureController:
             tokens_seen=counts.tokens.astype(np.float64),
             epochs=counts.epochs.astype(np.float64),
             influence=measurement,
+            excess_losses=self._excess.mean_since(self._excess_at_decision) if self._needs(REFERENCE) else None,
+            predicted_changes=self._predicted(measurement),
+            batch_size=self.mixture.global_batch_size,
         )
+
+    def _needs(self, signal: str) -> bool:
+        return signal in self.strategy.needs
+
+    def _predicted(self, measurement: SourceInfluence | None) -> Array | None:
+        """What the last decision expected of this measurement's changes, ``[D]``; NaN where it expected nothing."""
+        if measurement is None or not self.history:
+            return None
+        last = self.history[-1].predicted
+        return np.array([_number(last.get(name)) for name in measurement.directions])
 
     @property
     def _tokens_per_batch(self) -> int:
@@ -370,6 +427,8 @@ class MixtureController:
             "measurements": self.measurements,
             "totals": self.totals.by_name(self.source_names),
             "at_decision": self._at_decision.by_name(self.source_names),
+            "excess": self._excess.by_name(self.source_names),
+            "excess_at_decision": self._excess_at_decision.by_name(self.source_names),
             "history": [decision.to_dict() for decision in self.history[-_KEPT:]],
             "strategy": {"name": self.strategy.name, "state": self.strategy.state_dict()},
         }
@@ -392,6 +451,9 @@ class MixtureController:
         self.measurements = int(state["measurements"])
         self.totals = Totals.of(state["totals"], self.source_names)
         self._at_decision = Totals.of(state["at_decision"], self.source_names)
+        if "excess" in state:  # Checkpoints from before reference models have none.
+            self._excess = Totals.of(state["excess"], self.source_names)
+            self._excess_at_decision = Totals.of(state["excess_at_decision"], self.source_names)
         self.history = [Decision(**decision) for decision in state["history"]]
         self._reset_strategy()
         saved = state["strategy"]

@@ -13,8 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cheapertraining.influence.scorers import SourceInfluence
+from cheapertraining.influence.scorers.gram import SourceGradients
 
-__all__ = ["INFLUENCE", "LOSSES", "Array", "Signals", "SourceInfo", "Strategy"]
+__all__ = [
+    "GRAM",
+    "INFLUENCE",
+    "LOSSES",
+    "PROBE_LOSSES",
+    "REFERENCE",
+    "Array",
+    "ProbeReading",
+    "Signals",
+    "SourceInfo",
+    "Strategy",
+]
 
 Array = NDArray[np.float64]
 
@@ -22,6 +34,13 @@ LOSSES = "losses"
 """In ``Strategy.needs``: the training loss of each source (costs nothing)."""
 INFLUENCE = "influence"
 """In ``Strategy.needs``: ``Signals.influence``, which an estimator measures."""
+GRAM = "gram"
+"""In ``Strategy.needs``: ``Signals.gradients``, norms and products of the sources' gradients."""
+PROBE_LOSSES = "probe_losses"
+"""In ``Strategy.needs``: ``Signals.probe_losses``, by forward passes over the probes."""
+REFERENCE = "reference"
+"""In ``Strategy.needs``: ``Signals.excess_losses``, by a forward pass of a reference model over every training batch
+(about a third of a training step where both models are of one size)."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +64,21 @@ class SourceInfo:
 
 
 @dataclass(frozen=True)
+class ProbeReading:
+    """Losses on the probes at a decision, on the same samples each time, so that differences are training's.
+
+    Attributes:
+        probes: names, ``[P]``.
+        weights: ``[P]``, weight of each probe's loss in the objective, sum 1.
+        losses: ``[P]``, token-mean loss, nats.
+    """
+
+    probes: tuple[str, ...]
+    weights: Array
+    losses: Array
+
+
+@dataclass(frozen=True)
 class Signals:
     """One decision's input.
 
@@ -63,6 +97,13 @@ class Signals:
         tokens_seen: ``[K]``, tokens (padding included) drawn from each source so far.
         epochs: ``[K]``, passes over each source so far.
         influence: the newest measurement; None unless the strategy needs it.
+        gradients, probe_losses: likewise.
+        excess_losses: ``[K]``, mean over the tokens since the last decision of how far the training loss is above the
+            reference model's, a token below it counting as 0; NaN where a source did not come.
+        predicted_changes: by direction of ``influence``: what the last decision expected of the change since then;
+            None where nothing was expected.
+        learning_rate: of the optimizer, where the caller gave it.
+        batch_size: samples in a batch.
     """
 
     sources: tuple[str, ...]
@@ -78,6 +119,12 @@ class Signals:
     tokens_seen: Array
     epochs: Array
     influence: SourceInfluence | None = None
+    gradients: SourceGradients | None = None
+    probe_losses: ProbeReading | None = None
+    excess_losses: Array | None = None
+    predicted_changes: Array | None = None
+    learning_rate: float | None = None
+    batch_size: int = 1
 
 
 @runtime_checkable
@@ -89,8 +136,8 @@ class Strategy(Protocol):
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]]
-    """Signals to pay for, of ``LOSSES`` and ``INFLUENCE``. A strategy that needs none is asked before
-    training too."""
+    """Signals to pay for, of ``LOSSES``, ``INFLUENCE``, ``GRAM``, ``PROBE_LOSSES`` and ``REFERENCE``. A strategy that
+    needs none is asked before training too."""
 
     def reset(self, sources: Sequence[SourceInfo], prior: Array, horizon_tokens: int) -> None:
         """Begin a run.

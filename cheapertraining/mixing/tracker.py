@@ -54,7 +54,13 @@ class InfluenceTracker:
             return
         if self.update_interval < 1:
             raise UserError(f"{_KEY}.update_interval: expected at least 1 step, found {self.update_interval}.")
-        self.calculator = MixtureWeightCalculator(model, probe_dataloaders, InfluenceConfig.of(settings))
+        chosen = InfluenceConfig.of(settings)
+        if chosen.metric == "adam":
+            raise UserError(
+                f"{_KEY}.metric: 'adam' needs the optimizer, which the tracker does not see. Wrap it in "
+                "InfluenceAwareOptimizer instead, or use another metric."
+            )
+        self.calculator = MixtureWeightCalculator(model, probe_dataloaders, chosen)
         self.calculator.attach(mixed_dataset, learning_rate=learning_rate, interval=self.update_interval)
 
     @property

@@ -31,6 +31,20 @@ unit,
 
 What is beyond doubt moves; what is not goes back towards the prior. Sources that are random splits of one
 corpus therefore stay at the prior; ``tests/mixing/test_controls.py`` has the numbers.
+
+*KL-proximal step* (``update: kl_proximal``). The step above is ``argmax_w eta * <x, w> - KL(w || last)`` with ``x`` the
+trusted scores. With ``_ANCHOR * KL(w || prior)`` taken off as well, all of the right-hand side is divided by ``1 +
+_ANCHOR``: weights settle at ``eta * x / _ANCHOR`` from the prior instead of drifting on for as long as scores differ.
+
+*Robust probes* (``robust``). The probes' weights ``z`` in the objective follow what lags behind, as in group DRO
+(Sagawa et al., arXiv 1911.08731) on relative improvements (GRAPE, arXiv 2505.20380): with ``r_n`` the share of its
+loss that probe ``n`` has lost since the last measurement, ``log(z_n / v_n) <- (1 - _PULL) * log(z_n / v_n) - (r_n -
+mean r) / mean |r|``, ``v`` the given weights. A probe that keeps lagging by one mean improvement comes to count
+``exp(5)`` times as much.
+
+*Fidelity guard* (``guard``). What each decision expected of the objective is compared with what the next measurement
+finds. Over the last ``_LOOKS`` comparisons (at least ``_FEWEST``), where their correlation is not positive, or where
+the mean error exceeds the spread of the scores, nothing is trusted, and all weights go back towards the prior.
 """
 
 from __future__ import annotations
@@ -41,7 +55,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from cheapertraining.errors import UserError
+from cheapertraining.errors import UserError, nearest
+from cheapertraining.influence.scorers import SourceInfluence
 from cheapertraining.mixing.signals import INFLUENCE, Array, Signals, SourceInfo
 
 __all__ = ["InfluenceStrategy"]
@@ -51,6 +66,9 @@ _PULL = 0.2
 _PRIOR_DOF = 4.0
 _NEARLY_ZERO = 1e-12
 _LARGEST_EXPONENT = 700.0  # exp of it is still finite.
+_ANCHOR = 0.1
+_LOOKS, _FEWEST = 8, 4
+UPDATES = ("exponentiated", "kl_proximal")
 
 
 class InfluenceStrategy:
@@ -63,15 +81,26 @@ class InfluenceStrategy:
             decisions.
         threshold: standard errors below which a score is taken for chance, before the allowance for many
             looks.
+        update: ``exponentiated`` or ``kl_proximal``.
+        robust: follow the probes that improve least.
+        guard: go back towards the prior where predictions do not come true.
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value out of range; at ``propose``, a measurement of all probes combined with ``robust``.
     """
 
     name: ClassVar[str] = "influence"
     needs: ClassVar[frozenset[str]] = frozenset({INFLUENCE})
 
-    def __init__(self, learning_rate: float = 1.0, ema: float = 0.9, threshold: float = 2.5) -> None:
+    def __init__(
+        self,
+        learning_rate: float = 1.0,
+        ema: float = 0.9,
+        threshold: float = 2.5,
+        update: str = "exponentiated",
+        robust: bool = False,
+        guard: bool = False,
+    ) -> None:
         key = "algorithms.online_mixing.influence"
         if not learning_rate > 0:
             raise UserError(f"{key}.learning_rate: expected a positive number, found {learning_rate}.")
@@ -79,6 +108,11 @@ class InfluenceStrategy:
             raise UserError(f"{key}.ema: expected a number from 0 to below 1, found {ema}.")
         if not threshold >= 0:
             raise UserError(f"{key}.threshold: expected a number of at least 0, found {threshold}.")
+        if update not in UPDATES:
+            raise UserError(
+                f"{key}.update: expected {' or '.join(UPDATES)}, found '{update}'.{nearest(update, UPDATES)}"
+            )
+        self.update, self.robust, self.guard = update, robust, guard
         self.learning_rate = learning_rate
         self.ema = ema
         self.threshold = threshold
@@ -92,14 +126,17 @@ class InfluenceStrategy:
         self._mean = np.zeros(len(prior))
         self._error2 = np.zeros(len(prior))
         self._variance = np.zeros(len(prior))
+        self._urgency: dict[str, float] = {}  # log(z / v) by probe.
+        self._looks: list[tuple[float, float]] = []  # Predicted and realized changes of the objective.
 
     def propose(self, signals: Signals) -> Array | None:
         measured = signals.influence
         if measured is None:
             return None
-        scores: Array = measured.direction_weights @ measured.scores
+        importance = self._importance(measured) if self.robust else measured.direction_weights
+        scores: Array = importance @ measured.scores
         # The same samples meet every direction, so errors are taken as fully correlated: an upper bound.
-        errors: Array = measured.direction_weights @ measured.errors
+        errors: Array = importance @ measured.errors
         if not (np.isfinite(scores).all() and np.isfinite(errors).all()):
             return None
         scores, errors = _standardized(scores, errors, measured.samples)
@@ -110,10 +147,42 @@ class InfluenceStrategy:
             return None
         beyond = np.maximum(0.0, centred**2 - self._z_squared(dof) * variance)
         trust = beyond / np.maximum(centred**2, np.finfo(np.float64).tiny)
+        if self.guard and self._unfaithful(signals, measured, noisy=float(variance.mean()) > scale**2):
+            trust = np.zeros(len(trust))
         ratio = np.log(np.maximum(weights, _NEARLY_ZERO) / np.maximum(self._prior, _NEARLY_ZERO))
         ratio = (1 - _PULL * (1 - trust)) * ratio + self.learning_rate * trust * centred / scale
+        if self.update == "kl_proximal":
+            ratio = ratio / (1 + _ANCHOR)
         wish: Array = self._prior * np.exp(ratio - ratio.max())
         return np.asarray(wish / wish.sum())
+
+    def _importance(self, measured: SourceInfluence) -> Array:
+        """The probes' weights, more of it on those that improve least, ``[P]``."""
+        if measured.directions != measured.probes:
+            raise UserError(
+                "algorithms.online_mixing.influence.robust: expected one direction for each probe, found them combined."
+            )
+        gains = -measured.probe_changes / (measured.probe_losses - measured.probe_changes)
+        urgency = np.array([self._urgency.get(name, 0.0) for name in measured.probes])
+        if np.isfinite(gains).all() and np.abs(gains).mean() > 0:
+            urgency = (1 - _PULL) * urgency - (gains - gains.mean()) / np.abs(gains).mean()
+        self._urgency = dict(zip(measured.probes, urgency.tolist(), strict=True))
+        importance: Array = measured.probe_weights * np.exp(urgency - urgency.max())
+        return np.asarray(importance / importance.sum())
+
+    def _unfaithful(self, signals: Signals, measured: SourceInfluence, *, noisy: bool) -> bool:
+        """Whether predictions have not come true of late; takes in the newest comparison."""
+        if signals.predicted_changes is not None:
+            pair = measured.direction_weights @ np.stack(
+                [signals.predicted_changes, measured.direction_changes], axis=1
+            )
+            if np.isfinite(pair).all():
+                self._looks = [*self._looks, (float(pair[0]), float(pair[1]))][-_LOOKS:]
+        if len(self._looks) < _FEWEST:
+            return noisy
+        predicted, realized = np.array(self._looks).T
+        agreement = float((predicted - predicted.mean()) @ (realized - realized.mean()))
+        return noisy or agreement <= 0
 
     def _centred(self, scores: Array, errors: Array, samples: int, weights: Array) -> tuple[Array, Array, float]:
         """Take in a measurement; return centred mean scores, their variances, and the latter's d.o.f."""
@@ -149,6 +218,8 @@ class InfluenceStrategy:
             "mean": by_name(self._mean),
             "error2": by_name(self._error2),
             "variance": by_name(self._variance),
+            "urgency": dict(self._urgency),
+            "looks": [list(look) for look in self._looks],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -157,6 +228,9 @@ class InfluenceStrategy:
 
         self._updates = int(state["updates"])
         self._mean, self._error2, self._variance = array("mean"), array("error2"), array("variance")
+        # Checkpoints from before these options have neither.
+        self._urgency = dict(state.get("urgency", {}))
+        self._looks = [(float(predicted), float(realized)) for predicted, realized in state.get("looks", [])]
 
 
 def _standardized(scores: Array, errors: Array, samples: int) -> tuple[Array, Array]:
