@@ -25,9 +25,18 @@ from cheapertraining.builders import (
 from cheapertraining.config import OptimizerConfig, RunConfig, SchedulerConfig, WandbConfig, load_run_config
 from cheapertraining.errors import UserError
 from cheapertraining.mixing import (
+    ADOStrategy,
+    AioliStrategy,
+    DoGEStrategy,
+    DoReMiStrategy,
+    GRAPEStrategy,
     InfluenceStrategy,
+    ODMStrategy,
+    PiKEStrategy,
     ProportionalStrategy,
+    RnBStrategy,
     ScheduleStrategy,
+    SkillItStrategy,
     StaticStrategy,
     UniMaxStrategy,
 )
@@ -168,6 +177,15 @@ def test_no_tokenizer(config: RunConfig, tmp_path: Path) -> None:
         ("unimax", UniMaxStrategy),
         ("schedule", ScheduleStrategy),
         ("influence", InfluenceStrategy),
+        ("ado", ADOStrategy),
+        ("aioli", AioliStrategy),
+        ("doge", DoGEStrategy),
+        ("doremi", DoReMiStrategy),
+        ("grape", GRAPEStrategy),
+        ("odm", ODMStrategy),
+        ("pike", PiKEStrategy),
+        ("rnb", RnBStrategy),
+        ("skillit", SkillItStrategy),
     ],
 )
 def test_strategy_by_name(tiny_run: Path, name: str, kind: type) -> None:
@@ -176,6 +194,7 @@ def test_strategy_by_name(tiny_run: Path, name: str, kind: type) -> None:
         [
             f"algorithms.online_mixing.strategy={name}",
             "algorithms.online_mixing.schedule.points=[{tokens: 0, weights: {code: 1}}]",
+            "algorithms.online_mixing.doremi.reference=folder",
         ],
     ).algorithms.online_mixing
     assert mixing is not None

@@ -202,7 +202,9 @@ def test_several_mistakes_across_keys(run_yaml: Path) -> None:
 def test_influence_needs_a_probe(run_yaml: Path) -> None:
     run_yaml.write_text(RUN.replace("{t: {source: a}}", "{}"))
     load_run_config(run_yaml, ["algorithms.online_mixing.strategy=static"])
-    assert "steers towards probes" in message(run_yaml, "algorithms.online_mixing.strategy=influence")
+    for name in ("influence", "grape", "aioli", "skillit"):
+        assert f"'{name}' steers towards probes" in message(run_yaml, f"algorithms.online_mixing.strategy={name}")
+    assert "'doremi' compares with a reference model" in message(run_yaml, "algorithms.online_mixing.strategy=doremi")
 
 
 def test_missing_keys_are_named(tmp_path: Path) -> None:
