@@ -9,7 +9,7 @@ src/data_selectors/ado.py``). Then, with the prior ``p`` and ``h_k`` the recent 
     w       = 0.9 * average of rho + 0.1 * rho
 
 The average begins at ``p`` and is over all batches; ``h`` is a moving average that forgets a tenth at each batch. (The
-code has ``(h_k * (1 - h_k))**0.5``, of late, where the paper has ``h_k**0.5``.) The fit is the code's: Huber's loss
+code has ``(h_k * (1 - h_k))**0.5``; ``h_k**0.5`` is from our notes.) The fit is the code's: Huber's loss
 (1e-3) on logarithms, ``a`` up to 0.8, ``e`` at least 0.5, ``b`` up to 6.5, started from its grid; here by the best of
 the grid's points and damped Gauss-Newton steps within the bounds, and losses are means between decisions instead of a
 filtered series of batches.

@@ -1,13 +1,14 @@
 """R&B's balance: a softmax of what each source does for a target mixture (Ge et al., arXiv 2505.00358).
 
-With the Gram matrix ``G_kj = <g_k, g_j>`` of the sources' mean gradients and ``p`` the mixture that counts in the end,
+With the Gram matrix ``G_kj = <g_k, g_j>`` of the sources' mean gradients and ``p`` the mixture that counts in the
+end,
 
     w = softmax(G p / temperature)
 
-from which the next weights do not depend on the last ones. The other half of the paper, clustering the data into
-sources, is done before training or not at all. There ``G`` is averaged over the gradients that training computes
-between two updates; here it is measured at the decision. Its diagonal is taken without the bias that a finite sample
-gives it.
+so that the next weights do not depend on the last ones (the rule as remembered in our notes). The other half of the
+paper, clustering the data into sources, is done before training or not at all. There ``G`` is averaged over the
+gradients that training computes between two updates; here it is measured at the decision. Its diagonal is taken
+without the bias that a finite sample gives it.
 
 Cost: a ``GRAM`` measurement a decision, a forward and backward pass over ``K * source_samples`` samples.
 """
