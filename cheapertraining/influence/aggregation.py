@@ -8,12 +8,27 @@ from typing import Literal
 import torch
 
 from cheapertraining.errors import UserError
+from cheapertraining.influence.losses import IGNORED
 from cheapertraining.influence.ranks import sum_over_ranks
 
-__all__ = ["By", "GroupSums", "source_of_units", "unit_index"]
+__all__ = ["By", "GroupSums", "check_rows", "source_of_units", "unit_index", "units_with_loss"]
 
 By = Literal["sample", "document"]
 """What gets a score of its own: a row of the batch, or each document packed into one."""
+
+
+def check_rows(batch: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a batch that nothing can be scored in.
+
+    Raises:
+        UserError: it has no labels, or no row.
+    """
+    if "labels" not in batch:
+        raise UserError(
+            f"influence: expected 'labels' int64 [B, S] in the batch, found {', '.join(sorted(batch)) or 'nothing'}."
+        )
+    if not batch["labels"].numel():
+        raise UserError(f"influence: expected at least one row of tokens, found {list(batch['labels'].shape)}.")
 
 
 def unit_index(batch: Mapping[str, torch.Tensor], by: By) -> tuple[torch.Tensor, int]:
@@ -27,8 +42,9 @@ def unit_index(batch: Mapping[str, torch.Tensor], by: By) -> tuple[torch.Tensor,
         int64 ``[B, S]``, from 0 to ``N - 1``, never falling along the flattened batch; and ``N``.
 
     Raises:
-        UserError: documents are asked for, and there are no ``position_ids``.
+        UserError: documents are asked for, and there are no ``position_ids``; a batch without rows or labels.
     """
+    check_rows(batch)
     shape, device = batch["labels"].shape, batch["labels"].device
     if by == "sample":
         return torch.arange(shape[0], device=device)[:, None].expand(shape), shape[0]
@@ -38,6 +54,16 @@ def unit_index(batch: Mapping[str, torch.Tensor], by: By) -> tuple[torch.Tensor,
     starts[:, 0] = True
     units = starts.reshape(-1).cumsum(0).view(shape) - 1
     return units, int(units[-1, -1]) + 1
+
+
+def units_with_loss(batch: Mapping[str, torch.Tensor], by: By) -> torch.Tensor:
+    """Which units have a token that a loss counts for: bool ``[N]``."""
+    index, count = unit_index(batch, by)
+    # The loss of label t + 1 belongs to the unit of position t.
+    counted = batch["labels"][:, 1:].to(index.device) != IGNORED
+    found = torch.zeros(count, dtype=torch.bool, device=index.device)
+    found[index[:, :-1][counted]] = True
+    return found
 
 
 def source_of_units(batch: Mapping[str, torch.Tensor], by: By) -> torch.Tensor:
@@ -85,7 +111,9 @@ class GroupSums:
             group: int64 ``[N]``, from 0; units below 0 are left out.
         """
         kept = (group >= 0) & (tokens > 0)
-        index, wide, length = group.clamp_min(0), scores.double() * kept[:, None], tokens.double() * kept
+        # Not times 0: the score of a unit without a token may be NaN.
+        wide = torch.where(kept[:, None], scores.double(), 0.0)
+        index, length = group.clamp_min(0), tokens.double() * kept
         self._lengths.index_add_(1, index, torch.stack([kept.double(), length, length**2]))
         self._scores.index_add_(1, index, torch.stack([wide, wide**2, wide * length[:, None]]))
 

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from composer.core import Algorithm, Event, State
+from composer.core import Algorithm, Event, Precision, State
+from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
 from torch.utils.data import DataLoader
@@ -115,7 +116,8 @@ class InfluenceScores(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.FIT_START:
-            self._begin(state)
+            if self._calculator is None or self._calculator.model is not state.model:  # else fit goes on
+                self._begin(state)
         elif event == Event.BATCH_START:
             self._tokens = int((state.batch["labels"][:, 1:] != IGNORED).sum())
             self._refresh(state, logger)
@@ -131,7 +133,7 @@ class InfluenceScores(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         if self._calculator is None:  # before training
-            return {**super().state_dict(), "version": _STATE_VERSION}
+            return {**super().state_dict(), "version": _STATE_VERSION, **(self._restored or {})}
         curvature = self._calculator.preconditioner
         return {
             **super().state_dict(),
@@ -149,7 +151,7 @@ class InfluenceScores(Algorithm):
         """Go on as :meth:`state_dict` left off; with other sources or probes, begin anew."""
         del strict
         same = state.get("sources") == list(self.sources) and state.get("probes") == list(self._probes)
-        self._restored = state if same else None
+        self._restored, self._calculator = (state if same else None), None
 
     def _begin(self, state: State) -> None:
         """Parameters are only now what they will be trained as (sharded, perhaps)."""
@@ -164,7 +166,8 @@ class InfluenceScores(Algorithm):
         # float64 [G, K]: of all ranks up to the last log; of this rank since.
         self._total = torch.zeros(shape, dtype=torch.float64, device=device)
         self._recent = torch.zeros_like(self._total)
-        if (restored := self._restored) is not None:
+        restored, self._restored = self._restored, None
+        if restored is not None and "directions" in restored:
             calculator.load_state_dict(restored["directions"])
             self._total.copy_(restored["total"])
             if isinstance(calculator.preconditioner, EKFAC) and restored["curvature"] is not None:
@@ -177,10 +180,14 @@ class InfluenceScores(Algorithm):
         """Make directions where they are due, and a scorer for them."""
         calculator, step = self._calculator, int(state.timestamp.batch)
         assert calculator is not None
-        if self.estimator in ("adam", "ekfac") and step == 0:
-            return  # There are no moments, and no factors.
+        curvature = calculator.preconditioner
+        if (self.estimator == "adam" and step == 0) or (isinstance(curvature, EKFAC) and not curvature.ready):
+            return  # There are no moments, or no factors.
         size = state.device_train_microbatch_size
-        directions = calculator.refresh(step, size if isinstance(size, int) else None)
+        # As coarse as training, whose kernels may exist in half precision only; float16 would underflow.
+        coarse = state.precision == Precision.AMP_BF16
+        with get_precision_context(state.precision, state.precision_config) if coarse else contextlib.nullcontext():
+            directions = calculator.refresh(step, size if isinstance(size, int) else None)
         if directions is self._directions:
             return
         scale = _DATAINF_SCALE if self.estimator == "datainf" else None
@@ -197,9 +204,9 @@ class InfluenceScores(Algorithm):
         self._armed = contextlib.ExitStack()
         assert self._calculator is not None
         curvature, step = self._calculator.preconditioner, int(state.timestamp.batch)
-        if isinstance(curvature, EKFAC) and curvature.wants(step) and self._observed != step:
+        if isinstance(curvature, EKFAC) and self._observed != step and (curvature.wants(step) or not curvature.ready):
             self._observed = step
-            scale = 1.0 / max(1, self._tokens)
+            scale = _loss_scaler(state) / max(1, self._tokens)
             self._armed.enter_context(curvature.observing(state.model, state.batch, loss_scale=scale))
         if self._scorer is not None:
             self._armed.enter_context(self._scorer.armed(state.batch))
@@ -216,11 +223,13 @@ class InfluenceScores(Algorithm):
         # The gradient of the mean loss is the factor with which the trainer lets this microbatch into the step.
         factor = self._factors.pop().double() / tokens
         found = self._scorer.collect(factor)
+        # A loss scaler that overflows skips its step, and a microbatch without a token has no scores: neither counts.
+        finite = found.scores.isfinite().all(dim=1)
+        scores = torch.where(finite[:, None], found.scores.double(), 0.0)
         source = state.batch["source"]
-        self._window.add(found.scores, found.tokens, source)
-        scaler = 1.0 if state.scaler is None or not state.scaler.is_enabled() else state.scaler.get_scale()
-        step = float(state.optimizers[0].param_groups[0]["lr"]) / (scaler * dist.get_world_size())
-        self._recent.index_add_(0, source, found.scores.double() * factor * step)
+        self._window.add(scores, found.tokens * finite, source)
+        step = float(state.optimizers[0].param_groups[0]["lr"]) / (_loss_scaler(state) * dist.get_world_size())
+        self._recent.index_add_(0, source, scores * factor * step)
 
     def _log(self, logger: Logger) -> None:
         """Log by source what has come since the last log, over all ranks, and forget it."""
@@ -241,3 +250,8 @@ class InfluenceScores(Algorithm):
                 if not math.isnan(float(table[row, place]))
             }
         )
+
+
+def _loss_scaler(state: State) -> float:
+    """What losses are multiplied by against underflow."""
+    return float(state.scaler.get_scale()) if state.scaler is not None and state.scaler.is_enabled() else 1.0

@@ -224,7 +224,7 @@ class InfluenceCalculator:
         """
         if self.bank is None:
             return {"bank": None, "made": None}
-        made = None
+        made = self._restored  # what was loaded and not yet used
         if self._directions is not None and self.bank.refresh_every > 1 and self.estimator != "dot":
             shards = Shards(self.model, self.parameters)
             tensors = {name: shards.gather(name, part).cpu() for name, part in self._directions.tensors.items()}

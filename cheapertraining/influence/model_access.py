@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from cheapertraining.errors import UserError
-from cheapertraining.influence.aggregation import By, unit_index
+from cheapertraining.influence.aggregation import By, check_rows, unit_index
 from cheapertraining.influence.losses import token_losses
 from cheapertraining.influence.sharding import is_sharded
 
@@ -109,6 +109,7 @@ def unit_losses(
     model: nn.Module, batch: Mapping[str, torch.Tensor], by: By, replaced: Mapping[str, torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`sample_losses` for units: samples, or the documents packed into them, ``[N]``."""
+    check_rows(batch)
     losses, counted = model_losses(model, batch, replaced)
     if by == "sample":
         return losses.double().sum(dim=1), counted.sum(dim=1)
@@ -129,11 +130,15 @@ def check_vocabulary(model: nn.Module, batch: Mapping[str, torch.Tensor], what: 
         if hasattr(module, "get_input_embeddings"):
             embedding: Any = module.get_input_embeddings()  # type: ignore[operator]  # Hugging Face's
             size = getattr(embedding, "num_embeddings", None)
-            largest = int(batch["input_ids"].max()) if batch["input_ids"].numel() else 0
-            if size is not None and largest >= size:
+            ids = batch["input_ids"]
+            if size is None or not ids.numel():
+                return
+            smallest, largest = (int(each) for each in ids.aminmax())
+            if smallest < 0 or largest >= size:
                 raise UserError(
-                    f"{what}: expected token ids below the model's vocabulary of {size}, found {largest}. Convert it "
-                    "with the tokenizer that the model is trained with."
+                    f"{what}: expected token ids from 0 to below the model's vocabulary of {size}, found "
+                    f"{smallest if smallest < 0 else largest}. Convert it with the tokenizer that the model is trained "
+                    "with."
                 )
             return
 

@@ -163,6 +163,7 @@ def test_tracker_is_off_unless_it_is_enabled(model: LlamaForCausalLM) -> None:
         ({"method": "distillation"}, "metric: expected one of raw, adam, .* found 'distillation'"),
         ({"samples_per_dataset": 1000}, "Use 'source_samples'"),
         ({"jvp_layers": 4}, "no setting is named 'jvp_layers'"),
+        ({"metric": "adam"}, "needs the optimizer, which the tracker does not see"),
         ({"update_interval": 0}, "influence.update_interval: expected at least 1"),
     ],
 )

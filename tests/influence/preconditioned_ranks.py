@@ -77,10 +77,21 @@ def refusals(rank: int) -> list[str]:
     return found
 
 
+def solved_with_a_masked_batch(rank: int) -> dict[str, torch.Tensor]:
+    """One rank's second batch counts nothing; the other's does."""
+    model = tiny_llama().eval()
+    parameters, batches = select_parameters(model), batches_of(rank, 2)
+    if rank == 0:
+        batches[1]["labels"] = torch.full_like(batches[1]["labels"], -100)
+    directions = Directions(("u",), {name: torch.ones_like(p.detach())[None] for name, p in parameters.items()})
+    return GGNConjugateGradient(parameters, damping=100.0).fit(model, batches).apply(directions).tensors
+
+
 def run(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     found = {case: results(wrapped(case), rank, world, sharded=case != "ddp") for case in CASES}
-    torch.save({"found": found, "refusals": refusals(rank)}, Path(folder) / f"rank{rank}.pt")
+    saved = {"found": found, "refusals": refusals(rank), "masked": solved_with_a_masked_batch(rank)}
+    torch.save(saved, Path(folder) / f"rank{rank}.pt")
     dist.barrier()
     os._exit(0)  # see two_ranks.py

@@ -69,3 +69,22 @@ def test_error_is_the_spread_of_the_mean_over_many_draws() -> None:
     spread = torch.tensor(means).std().item()
     assert sum(errors) / len(errors) == pytest.approx(spread, rel=0.12)
     assert sum(means) / len(means) == pytest.approx(0.3, abs=3 * spread / 20)
+
+
+def test_a_unit_without_a_token_is_left_out_whatever_its_score_is() -> None:
+    sums = GroupSums(1, 1, torch.device("cpu"))
+    sums.add(torch.tensor([[1.0], [torch.nan]]), torch.tensor([2, 0]), torch.tensor([0, 0]))
+    assert float(sums.means()[0]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"labels": torch.zeros(0, 3, dtype=torch.int64)}, r"at least one row of tokens, found \[0, 3\]"),
+        ({"input_ids": torch.zeros(2, 3, dtype=torch.int64)}, r"expected 'labels' .* found input_ids"),
+    ],
+)
+def test_a_batch_that_nothing_can_be_scored_in_is_refused(batch: dict[str, torch.Tensor], message: str) -> None:
+    for by in ("sample", "document"):
+        with pytest.raises(UserError, match=message):
+            unit_index(batch, by)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,45 @@ def test_other_estimators_and_missing_probes_are_refused(tiny_sample: Path) -> N
         InfluenceScores(loader.probes, NAMES, "kfac")
     with pytest.raises(UserError, match="at least one probe"):
         InfluenceScores({}, NAMES)
+
+
+def test_ekfac_that_comes_to_a_run_late_begins_when_it_has_seen_something(tiny_sample: Path, tmp_path: Path) -> None:
+    run(tiny_sample, tmp_path, 4, None)
+    checkpoint = str(tmp_path / "tiny/checkpoints/ep0-ba4-rank0.pt")
+    scores = {"estimator": "ekfac", "refresh_every": 1, "log_interval": 1}
+    _, logged = run(tiny_sample, tmp_path, 6, scores, load_path=checkpoint, save_folder=None)
+    assert len(logged["influence/score/code/docs"]) == 1
+
+
+def test_fitting_on_goes_on_with_the_totals(tiny_sample: Path, tmp_path: Path) -> None:
+    scores = {"estimator": "dot", "refresh_every": 1, "log_interval": 1}
+    trainer, _ = run(tiny_sample, tmp_path, 2, scores, save_folder=None)
+    (algorithm,) = trainer.state.algorithms
+    before = algorithm.state_dict()["total"].clone()
+    for group in trainer.state.optimizers[0].param_groups:
+        group["lr"] = 0.0  # adds nothing
+    trainer.fit(duration="1ba")
+    assert int(trainer.state.timestamp.batch) == 3
+    assert before.any()
+    assert torch.equal(algorithm.state_dict()["total"], before)
+
+
+class Overflows(Callback):
+    """The first batch's gradients are infinite, and its step is skipped, as by a loss scaler."""
+
+    def before_backward(self, state: State, logger: Logger) -> None:
+        if int(state.timestamp.batch) == 0:
+            assert torch.is_tensor(state.loss)
+            state.loss.register_hook(lambda gradient: gradient * math.inf)
+
+    def after_backward(self, state: State, logger: Logger) -> None:
+        if int(state.timestamp.batch) == 0:
+            state.model.zero_grad()
+
+
+def test_a_skipped_step_does_not_spoil_the_totals(tiny_sample: Path, tmp_path: Path) -> None:
+    scores = {"estimator": "dot", "refresh_every": 1, "log_interval": 2}
+    _, logged = run(tiny_sample, tmp_path, 2, scores, callbacks=[Overflows()], save_folder=None)
+    for name in NAMES:
+        for what in ("total", "score", "score_se"):
+            assert math.isfinite(logged[f"influence/{what}/code/{name}"][0])

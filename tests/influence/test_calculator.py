@@ -153,3 +153,16 @@ def test_probe_of_another_tokenizer_and_masked_probe_are_refused() -> None:
     masked["labels"] = torch.full_like(masked["labels"], -100)
     with pytest.raises(UserError, match="every label masked"):
         InfluenceCalculator(tiny_llama(), {"p": DataLoader(Rows(masked))}, "dot").refresh()
+
+
+def test_what_was_loaded_is_saved_again_before_it_is_used() -> None:
+    model = tiny_llama()
+    first, second = (
+        InfluenceCalculator(model, PROBES, "layer_scale", refresh_every=5, probe_samples=3) for _ in range(2)
+    )
+    first.fit([random_batch(3, 1)])
+    first.refresh(0)
+    second.load_state_dict(first.state_dict())
+    made = second.state_dict()["made"]
+    assert made is not None
+    assert made["made_at"] == 0

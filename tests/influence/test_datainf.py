@@ -164,3 +164,12 @@ def test_gradients_that_are_not_finite_are_refused() -> None:
     parameters = select_parameters(broken, ["*k_proj*"])
     with pytest.raises(UserError, match=r"datainf: expected finite gradients, .* 'model\.layers\.0\.self_attn\.k_proj"):
         DataInf(parameters).fit(broken, [random_batch(2, 0)])
+
+
+def test_where_no_sample_has_a_gradient_there_is_no_direction(model: nn.Module) -> None:
+    parameters = select_parameters(model)
+    unused = {"unused": nn.Parameter(torch.ones(3))}
+    fitted = DataInf({**parameters, **unused})
+    fitted.fit(model, [random_batch(2, 1)])
+    u = Directions(("p",), {"unused": torch.ones(1, 3)})
+    assert not fitted.apply(u).tensors["unused"].any()

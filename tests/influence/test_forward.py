@@ -144,7 +144,7 @@ def test_parameters_come_back_bit_for_bit_even_after_an_error() -> None:
     directions = probe_directions(model)
     forward_scores(model, directions, random_batch(3, 0), step_size=1e-2)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    broken = {**random_batch(3, 0), "input_ids": torch.full((3, 24), VOCABULARY + 1)}
+    broken = {**random_batch(3, 0), "labels": torch.full((3, 24), VOCABULARY + 1)}
     base = torch.zeros(3, dtype=torch.float64)
     with pytest.raises(IndexError):
         forward_scores(model, directions, broken, step_size=1e-2, base_losses=base)

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from cheapertraining.errors import UserError
 from cheapertraining.influence.losses import token_losses
 from cheapertraining.influence.parameters import Directions, select_parameters
+from cheapertraining.influence.preconditioners import DataInf
 from cheapertraining.influence.scorers import SampleScores
 from cheapertraining.influence.scorers.fused import FusedScorer
 from cheapertraining.influence.scorers.loop import loop_gradients, loop_scores
@@ -313,3 +314,20 @@ def test_layers_used_twice_and_padding() -> None:
     norms = FusedScorer(model, directions, norms=True)
     with pytest.raises(UserError, match=r"'layer\.\w+' to be used once"), norms.armed(batch):
         model(batch)["logits"].sum().backward()
+
+
+def test_units_without_a_token_are_not_in_datainf_s_fisher_set() -> None:
+    model, batch = build("llama"), random_batch(4, 3)
+    batch["labels"][2] = -100
+    directions = directions_for(model)
+    scorer = FusedScorer(model, directions, datainf=0.1)
+    trained(model, [batch], scorer)
+    preconditioned = DataInf(select_parameters(model)).fit(model, [batch]).apply(directions)
+    assert relative(scorer.collect(SCALE).scores, loop_scores(model, preconditioned, batch).scores) < 1e-8
+
+
+@pytest.mark.parametrize("damping", [0, -1.0, float("nan"), {"lm_head.weight": 0.1}])
+def test_a_damping_that_is_not_above_0_is_refused(damping: float | dict[str, float]) -> None:
+    model = build("llama")
+    with pytest.raises(UserError, match="datainf: expected a damping above 0 for"):
+        FusedScorer(model, directions_for(model), datainf=damping)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from cheapertraining.errors import UserError
 from cheapertraining.influence.parameters import Directions, select_parameters
 from cheapertraining.influence.scorers.consumers import Projection
+from cheapertraining.influence.scorers.forward import forward_scores
 from cheapertraining.influence.scorers.hook import (
     hook_gram,
     hook_norms,
@@ -322,3 +324,12 @@ def test_layers_whose_gradients_are_not_sums_over_tokens(layer: nn.Module, messa
     model = nn.Sequential(layer)
     with pytest.raises(UserError, match=message):
         hook_scores(model, directions_for(model), plain_batch(2, 0))
+
+
+@pytest.mark.parametrize("score", [hook_scores, loop_scores, forward_scores])
+@pytest.mark.parametrize("token", [-1, VOCABULARY])
+def test_tokens_outside_the_vocabulary_are_refused(score: Callable[..., object], token: int) -> None:
+    model, batch = build("llama"), random_batch(2, 1)
+    batch["input_ids"][1, 3] = token
+    with pytest.raises(UserError, match=f"token ids from 0 to below .* of {VOCABULARY}, found {token}"):
+        score(model, directions_for(model), batch)

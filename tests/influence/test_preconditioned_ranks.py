@@ -44,3 +44,8 @@ def test_all_ranks_refuse_in_the_same_words(ranks: list[Rank]) -> None:
     for name, number, mask in zip(("datainf", "ekfac"), numbers, masked, strict=True):
         assert f"expected equally many batches for {name} on each rank, found [1, 2]" in number
         assert mask.startswith(f"{name}: expected batches with tokens that a loss counts for")
+
+
+def test_a_batch_that_is_masked_on_one_rank_alone_counts_on_the_other(ranks: list[Rank]) -> None:
+    for name, part in ranks[0]["masked"].items():
+        assert torch.equal(part, ranks[1]["masked"][name])

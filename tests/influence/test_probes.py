@@ -167,7 +167,9 @@ def test_a_probe_without_labels_is_refused() -> None:
 
 def test_a_probe_of_another_tokenizer_is_refused() -> None:
     loader = torch.utils.data.DataLoader(Rows(random_batch(4, 0, low=90, high=91)))
-    with pytest.raises(UserError, match=r"data\.probes\.p: expected token ids below .* vocabulary of 50, found 90"):
+    with pytest.raises(
+        UserError, match=r"data\.probes\.p: expected token ids from 0 to below .* vocabulary of 50, found 90"
+    ):
         ProbeBank({"p": loader}).directions(tiny_llama(), 0, select_parameters(tiny_llama()))
 
 

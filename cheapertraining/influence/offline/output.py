@@ -72,14 +72,6 @@ def source_table(
     return table
 
 
-def _means(
-    values: torch.Tensor, weights: torch.Tensor, source: torch.Tensor, count: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    sums = GroupSums(count, values.shape[1], values.device)
-    sums.add(values, weights, source)
-    return sums.means()
-
-
 def write_parquet(out: Path, tables: Iterable[Mapping[str, Any]], identity: Mapping[str, Any]) -> int:
     """Write a parquet file that appears whole or not at all; the number of its rows.
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from cheapertraining.errors import UserError, nearest
-from cheapertraining.influence.aggregation import By, unit_index
+from cheapertraining.influence.aggregation import By, units_with_loss
 from cheapertraining.influence.losses import IGNORED
 from cheapertraining.influence.parameters import Directions
 from cheapertraining.influence.ranks import sum_over_ranks
@@ -90,12 +90,7 @@ def count_units(
     """
     counts = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
-        units, number = unit_index(batch, by)
-        # The loss of label t + 1 belongs to the unit of position t.
-        counted = batch["labels"][:, 1:] != IGNORED
-        hit = torch.zeros(number, dtype=torch.bool, device=units.device)
-        hit[units[:, :-1][counted]] = True
-        counts += torch.tensor([1, int(hit.sum())], device=device)
+        counts += torch.tensor([1, int(units_with_loss(batch, by).sum())], device=device)
     sum_over_ranks(counts)
     if not counts[0]:
         raise UserError(f"{preconditioner}: expected at least one batch to fit on, found none.")

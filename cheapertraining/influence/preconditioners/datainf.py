@@ -135,7 +135,7 @@ class DataInf(LayerScale):
             corrections[name] += (flat[name] @ rows.T / damped.to(rows.dtype)) @ rows
 
         parameters = {name: self.parameters[name] for name in flat if self.lambdas[name] > 0}
-        for batch in self._batches:
+        for batch in self._batches if parameters else ():
             per_unit_gradients(self._model, parameters, batch, consume, by=self.by)
         scaled = {}
         for name, correction in corrections.items():

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cheapertraining.influence.aggregation import By, unit_index
+from cheapertraining.influence.aggregation import By, unit_index, units_with_loss
 from cheapertraining.influence.losses import IGNORED
 from cheapertraining.influence.ranks import rank_and_world, sum_over_ranks
 from cheapertraining.influence.scorers.units import Factors, Units, blocks, wide
@@ -192,15 +192,13 @@ class Observer:
         self._units = Units(picked, by, device)
         live = live_tokens(picked).reshape(-1)
         self._live = None if bool(live.all()) else live.nonzero().squeeze(1)
-        whole = Units(batch, by, device)
-        self._vector_units = _units_with_loss(batch, whole)
-        matrix_units = _units_with_loss(picked, self._units)
+        matrix_units = int(units_with_loss(picked, by).sum())
         if factors:
             self._add_count("tokens", int(live.sum()))
             self._add_count("units", matrix_units)
         if bases:
             self._add_count("corrected", matrix_units)
-        self._add_count("vectors", self._vector_units)
+        self._add_count("vectors", int(units_with_loss(batch, by).sum()))
 
     def merges(self, name: str, units: Units) -> bool:
         """See :class:`~cheapertraining.influence.scorers.backward.Consumer`."""
@@ -284,8 +282,3 @@ def live_tokens(batch: Batch) -> torch.Tensor:
     last = torch.full((count,), -1, device=counted.device)
     last.scatter_reduce_(0, documents.reshape(-1), torch.where(counted, order, -1).reshape(-1), "amax")
     return order <= last[documents]
-
-
-def _units_with_loss(batch: Batch, units: Units) -> int:
-    counted = (batch["labels"][:, 1:] != IGNORED).to(torch.float32)
-    return int((units.sum(torch.nn.functional.pad(counted, (0, 1)).reshape(-1)) > 0).sum())

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cheapertraining.errors import UserError
 from cheapertraining.influence.aggregation import By
 from cheapertraining.influence.losses import IGNORED
-from cheapertraining.influence.model_access import model_logits, no_trace
+from cheapertraining.influence.model_access import check_vocabulary, model_logits, no_trace
 from cheapertraining.influence.parameters import Directions
 from cheapertraining.influence.preconditioners.base import check_covered, check_finite, count_units
 from cheapertraining.influence.preconditioners.factors import Basis, Observer, Sums, rotate
@@ -123,6 +123,11 @@ class KFAC:
             whole = self._shards.gather(name, shards)
             solved[name] = self._shards.scatter(name, self._solve(name, whole, sums, bases.get(name)))
         return Directions(directions.names, solved)
+
+    @property
+    def ready(self) -> bool:
+        """Whether something was fitted or observed, so that :meth:`apply` can be called."""
+        return self._kept.begun
 
     def wants(self, step: int) -> bool:
         """Whether :meth:`observing` should be wrapped around (one microbatch of) training step ``step``."""
@@ -236,6 +241,7 @@ def sampled_labels(model: nn.Module, batch: Batch, generator: torch.Generator) -
         batch: on the model's device.
         generator: on the same; no other is drawn from.
     """
+    check_vocabulary(model, batch, "influence")
     with no_trace(model), torch.no_grad():
         logits = model_logits(model, batch)[:, :-1]
     reshard(model)

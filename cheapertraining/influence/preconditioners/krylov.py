@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from cheapertraining.errors import UserError
-from cheapertraining.influence.aggregation import By
+from cheapertraining.influence.aggregation import By, units_with_loss
 from cheapertraining.influence.losses import IGNORED
 from cheapertraining.influence.model_access import full_precision, model_logits, no_trace
 from cheapertraining.influence.parameters import Directions, canonical_name
@@ -57,9 +57,11 @@ class _GaussNewton:
                 "no forward-mode derivative. Use 'ekfac'."
             )
         self._model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
-        # A batch without a token that counts adds nothing.
-        kept = [batch for batch in batches if bool((batch["labels"][:, 1:] != IGNORED).any())]
-        self._batches, self._units = kept, [count_units(self.name, [b], self.by, device) for b in kept]
+        counts = torch.tensor([int(units_with_loss(batch, self.by).sum()) for batch in batches], device=device)
+        sum_over_ranks(counts)
+        # Batches without a token that counts on any rank add nothing. All ranks leave out the same.
+        kept = [(batch, count) for batch, count in zip(batches, counts.tolist(), strict=True) if count]
+        self._batches, self._units = [batch for batch, _ in kept], [count for _, count in kept]
 
     def _flat(self, directions: Directions) -> torch.Tensor:
         """``[K, P]``."""

@@ -70,6 +70,11 @@ class Upkeep:
         self._observations = self._swap_at = 0
         self._next: Future[dict[str, Basis]] | None = None
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything was seen."""
+        return bool(self._sums.tensors)
+
     def rows(self, count: int) -> slice:
         """Which rows of a microbatch of ``count`` to look at this time."""
         stride = min(max(1, round(1 / self._schedule.fraction)), count)
@@ -94,7 +99,7 @@ class Upkeep:
 
     def current(self) -> tuple[Sums, dict[str, Basis]] | None:
         """Sums over all ranks less the factors, and the basis; None before anything was seen. A collective call."""
-        if not self._sums.tensors:
+        if not self.begun:
             return None
         if not self._bases:
             if self._next is None:

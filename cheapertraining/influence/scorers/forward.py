@@ -29,7 +29,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cheapertraining.errors import UserError, nearest
 from cheapertraining.influence.aggregation import By
-from cheapertraining.influence.model_access import full_precision, no_trace, to_device, unit_losses, unwrap
+from cheapertraining.influence.model_access import (
+    check_vocabulary,
+    full_precision,
+    no_trace,
+    to_device,
+    unit_losses,
+    unwrap,
+)
 from cheapertraining.influence.parameters import Directions, canonical_name, select_parameters
 from cheapertraining.influence.scorers import SampleScores
 from cheapertraining.influence.sharding import Shards, local, low_precision, reshard
@@ -74,8 +81,9 @@ def forward_scores(
         by: see :data:`~cheapertraining.influence.aggregation.By`.
 
     Raises:
-        UserError: an unknown method; half precision where differences are taken; a sharded model or a kernel without
-            forward-mode derivative with ``jvp``; directions over parameters that the model does not have.
+        UserError: an unknown method; tokens outside the vocabulary; half precision where differences are taken; a
+            sharded model or a kernel without forward-mode derivative with ``jvp``; directions over parameters that the
+            model does not have.
     """
     if method not in METHODS:
         raise UserError(
@@ -84,6 +92,7 @@ def forward_scores(
     model = unwrap(model)
     parameters = _covered(model, directions)
     device = next(iter(parameters.values())).device
+    check_vocabulary(model, batch, "influence")
     placed = to_device(batch, device)
     with no_trace(model), torch.no_grad():
         if method == "jvp":

@@ -49,7 +49,8 @@ class FusedScorer:
             Kwon et al., 2310.00902), or the damping of each parameter. None: no preconditioning.
 
     Raises:
-        UserError: a compiled model, layers of an unknown kind, directions of parameters that the model does not train.
+        UserError: a compiled model, layers of an unknown kind, directions of parameters that the model does not train,
+            a damping that is not above 0 or is missing for one of them.
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class FusedScorer:
         norms: bool = False,
         datainf: float | Mapping[str, float] | None = None,
     ) -> None:
+        if datainf is not None:
+            _check_damping(datainf, directions)
         refuse_compiled(model)
         self._parameters = directed_parameters(model, directions)
         self._directions = whole(model, self._parameters, directions)
@@ -111,36 +114,47 @@ class FusedScorer:
             raise UserError("FusedScorer.collect: expected a microbatch in `armed` before, found none.")
         taken, self._taken = self._taken, []
         tokens = torch.cat([counts for _, counts in taken])
-        scores = torch.cat([self._scores(consumer, loss_scale) for consumer, _ in taken])
+        scores = torch.cat([self._scores(consumer, counts > 0, loss_scale) for consumer, counts in taken])
         losses = torch.full((len(tokens),), torch.nan, dtype=torch.float64, device=tokens.device)
         norms = None
         if self._norms:
             norms = torch.cat([_squares(c) / loss_scale**2 for c, _ in taken if isinstance(c, Moments)])
         return SampleScores(scores, tokens, losses, norms)
 
-    def _scores(self, consumer: Products | Moments, loss_scale: float | torch.Tensor) -> torch.Tensor:
+    def _scores(
+        self, consumer: Products | Moments, live: torch.Tensor, loss_scale: float | torch.Tensor
+    ) -> torch.Tensor:
         if isinstance(consumer, Products):
             return consumer.scores / loss_scale
         total = torch.zeros((), dtype=torch.float64)
         for name, moment in consumer.found.items():
             products, gram = moment.products.double() / loss_scale, moment.gram.double() / loss_scale**2
             if self._datainf is not None:
-                products = _preconditioned(products, gram, self._damping(name, gram, moment.elements))
+                products = self._preconditioned(name, products, gram, live, moment.elements)
             total = total + products
         return total
 
-    def _damping(self, name: str, gram: torch.Tensor, elements: int) -> torch.Tensor:
-        """DataInf's ``lambda`` of one parameter: as given, or by the authors' rule over the microbatch."""
+    def _preconditioned(
+        self, name: str, products: torch.Tensor, gram: torch.Tensor, live: torch.Tensor, elements: int
+    ) -> torch.Tensor:
+        """DataInf's scores ``[N, K]`` of one parameter. The units with a token that counts, ``live``, are the Fisher
+        set, and have the damping given, or that of the authors' rule; what has no gradient scores 0."""
+        fisher, own = gram[live][:, live], products[live].t()
         if isinstance(self._datainf, Mapping):
-            return gram.new_tensor(self._datainf[name])
-        assert self._datainf is not None
-        return gram.diagonal().mean() * float(self._datainf) / elements
+            damping = gram.new_tensor(self._datainf[name])
+        else:
+            assert self._datainf is not None
+            damping = fisher.diagonal().sum() * float(self._datainf) / (max(1, len(fisher)) * elements)
+        scores = torch.zeros_like(products)
+        scores[live] = datainf_scores(own, fisher.diagonal(), fisher, own, damping).t()
+        return torch.where(damping > 0, scores, 0.0)
 
 
-def _preconditioned(products: torch.Tensor, gram: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
-    """DataInf's scores ``[N, K]`` of one parameter, with the units as the Fisher set; zero gradients score 0."""
-    scores = datainf_scores(products.t(), gram.diagonal(), gram, products.t(), damping).t()
-    return torch.where(damping > 0, scores, torch.zeros_like(scores))
+def _check_damping(datainf: float | Mapping[str, float], directions: Directions) -> None:
+    given = datainf if isinstance(datainf, Mapping) else dict.fromkeys(directions.tensors, datainf)
+    for name in directions.tensors:
+        if name not in given or not given[name] > 0:
+            raise UserError(f"datainf: expected a damping above 0 for '{name}', found {given.get(name, 'none')}.")
 
 
 def _squares(consumer: Moments) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cheapertraining.influence.aggregation import By, unit_index
-from cheapertraining.influence.model_access import model_losses, no_trace
+from cheapertraining.influence.model_access import check_vocabulary, model_losses, no_trace
 from cheapertraining.influence.parameters import Directions
 from cheapertraining.influence.scorers import SampleScores
 from cheapertraining.influence.scorers.hook import directed_parameters
@@ -48,9 +48,10 @@ def _walk(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, by: By
 ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]]:
     inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+    index, count = unit_index(batch, by)
+    check_vocabulary(inner, batch, "influence")
     with no_trace(inner), torch.set_grad_enabled(True):
         losses, counted = model_losses(inner, batch)
-    index, count = unit_index(batch, by)
     for unit in range(count):
         mine = index.to(losses.device) == unit
         loss = (losses * mine).sum()

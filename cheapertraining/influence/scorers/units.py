@@ -105,12 +105,6 @@ class Factors:
         place = units.of_tokens()[here] * (rows.stop - rows.start) + self.left[here] - rows.start
         out.view(-1, out.shape[-1]).index_add_(0, place, self.right[here].to(out.dtype))
 
-    def total(self, rows: int) -> torch.Tensor:
-        """The gradient of the whole batch, ``[R, C]``."""
-        if self.one_hot:
-            return self.right.new_zeros(rows, self.right.shape[1]).index_add_(0, self.left, self.right)
-        return self.left.t() @ self.right
-
 
 def blocks(
     factors: Sequence[Factors], units: Units, shape: torch.Size, gradient: torch.Tensor | None = None
