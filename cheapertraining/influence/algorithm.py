@@ -119,7 +119,7 @@ class InfluenceScores(Algorithm):
             if self._calculator is None or self._calculator.model is not state.model:  # else fit goes on
                 self._begin(state)
         elif event == Event.BATCH_START:
-            self._tokens = int((state.batch["labels"][:, 1:] != IGNORED).sum())
+            self._whole = state.batch
             self._refresh(state, logger)
         elif event == Event.BEFORE_FORWARD:
             self._arm(state)
@@ -206,7 +206,8 @@ class InfluenceScores(Algorithm):
         curvature, step = self._calculator.preconditioner, int(state.timestamp.batch)
         if isinstance(curvature, EKFAC) and self._observed != step and (curvature.wants(step) or not curvature.ready):
             self._observed = step
-            scale = _loss_scaler(state) / max(1, self._tokens)
+            tokens = int((self._whole["labels"][:, 1:] != IGNORED).sum())
+            scale = _loss_scaler(state) / max(1, tokens)
             self._armed.enter_context(curvature.observing(state.model, state.batch, loss_scale=scale))
         if self._scorer is not None:
             self._armed.enter_context(self._scorer.armed(state.batch))

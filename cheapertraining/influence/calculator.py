@@ -16,9 +16,9 @@ self        <g_i, g_i>: needs no probe; large for what the model has not learnt,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -28,40 +28,19 @@ from cheapertraining.errors import UserError, nearest
 from cheapertraining.influence.aggregation import By, GroupSums, source_of_units
 from cheapertraining.influence.model_access import to_device
 from cheapertraining.influence.parameters import Directions, Layers, select_parameters, zeros_like
-from cheapertraining.influence.preconditioners import (
-    EKFAC,
-    KFAC,
-    Adam,
-    DataInf,
-    Identity,
-    LayerScale,
-    Preconditioner,
-)
+from cheapertraining.influence.preconditioners import FITTED, Adam, Identity, Preconditioner, make_fitted
 from cheapertraining.influence.probes import ProbeBank, ProbeLosses
 from cheapertraining.influence.scorers import SampleScores
 from cheapertraining.influence.scorers.forward import forward_scores
 from cheapertraining.influence.scorers.hook import hook_scores
 from cheapertraining.influence.sharding import Shards
 
-__all__ = ["ESTIMATORS", "FITTED", "DataInfCalculator", "InfluenceCalculator", "make_preconditioner", "unit_length"]
+__all__ = ["ESTIMATORS", "DataInfCalculator", "InfluenceCalculator", "make_preconditioner", "unit_length"]
 
 Batch = Mapping[str, torch.Tensor]
 Scorer = Literal["hook", "forward"]
 
 
-class Fitted(Preconditioner, Protocol):
-    """A preconditioner that is fitted on training batches."""
-
-    def fit(self, model: nn.Module, batches: Sequence[Batch]) -> Any: ...
-
-
-FITTED: dict[str, Callable[[Mapping[str, nn.Parameter]], Fitted]] = {
-    "layer_scale": LayerScale,
-    "datainf": DataInf,
-    "kfac": KFAC,
-    "ekfac": EKFAC,
-}
-"""Estimators whose preconditioner is fitted on training batches, and what makes it from the selected parameters."""
 ESTIMATORS = ("dot", "cosine", "adam", *FITTED, "self")
 _SCORERS = ("hook", "forward")
 
@@ -76,7 +55,7 @@ def make_preconditioner(
     """
     check_estimator(estimator)
     if estimator in FITTED:
-        return FITTED[estimator](parameters)
+        return make_fitted(estimator, parameters)
     if estimator != "adam":
         return Identity()
     if optimizer is None:

@@ -1,6 +1,6 @@
 """How well a mixing law ranks mixtures from few runs: RegMix's published tables, the law beside boosted trees.
 
-    python tools/bench/mixing_law.py [--tables ../shared/regmix_tables] [--runs 34 64 128 256 512] [--subsets 5]
+    python tools/bench/mixing_law.py [--tables FOLDER] [--runs 34 64 128 256 512] [--subsets 5]
         [--targets pile_cc | all] [--json FILE]
 
 512 runs of 1M parameters over 17 sources are fitted; predicted are other runs: 256 of 1M, 256 of 60M and 64 of 1B

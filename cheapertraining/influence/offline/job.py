@@ -12,9 +12,9 @@ from torch import nn
 
 from cheapertraining.errors import UserError, nearest
 from cheapertraining.influence.calculator import ESTIMATORS as IN_MEMORY
-from cheapertraining.influence.calculator import FITTED
 from cheapertraining.influence.offline.rows import ShardSet
 from cheapertraining.influence.parameters import Layers
+from cheapertraining.influence.preconditioners import FITTED
 
 __all__ = ["ESTIMATORS", "LoadModel", "LoadedModel", "ScoringJob", "check_model", "identity_of"]
 

@@ -12,19 +12,23 @@ and never the work done for each sample. What each of them takes for ``H`` is sa
 from cheapertraining.influence.preconditioners.adam import Adam
 from cheapertraining.influence.preconditioners.base import Identity, Preconditioner
 from cheapertraining.influence.preconditioners.datainf import DataInf, LayerScale
+from cheapertraining.influence.preconditioners.fitted import FITTED, Fitted, make_fitted
 from cheapertraining.influence.preconditioners.kronecker import EKFAC, KFAC
 from cheapertraining.influence.preconditioners.krylov import GGNConjugateGradient, LiSSA
 from cheapertraining.influence.preconditioners.upkeep import Schedule
 
 __all__ = [
     "EKFAC",
+    "FITTED",
     "KFAC",
     "Adam",
     "DataInf",
+    "Fitted",
     "GGNConjugateGradient",
     "Identity",
     "LayerScale",
     "LiSSA",
     "Preconditioner",
     "Schedule",
+    "make_fitted",
 ]

@@ -20,7 +20,7 @@ from cheapertraining.errors import UserError, nearest
 from cheapertraining.influence.losses import IGNORED
 from cheapertraining.influence.model_access import no_trace, to_device
 from cheapertraining.influence.parameters import Directions, select_parameters
-from cheapertraining.influence.preconditioners import EKFAC, KFAC, Adam, DataInf, Identity, LayerScale, Preconditioner
+from cheapertraining.influence.preconditioners import FITTED, Adam, Identity, Preconditioner, make_fitted
 from cheapertraining.influence.probes import ProbeBank, ProbeLosses
 from cheapertraining.influence.ranks import check_equal_counts, rank_rows, sum_over_ranks
 from cheapertraining.influence.scorers import COMBINED, SourceInfluence
@@ -31,7 +31,7 @@ from cheapertraining.influence.scorers.loop import loop_scores
 __all__ = ["METRICS", "SCORERS", "SampleSource", "SourceEstimator", "check_metric", "check_scorer"]
 
 Batch = Mapping[str, torch.Tensor]
-METRICS = ("raw", "adam", "layer_scale", "datainf", "kfac", "ekfac")
+METRICS = ("raw", "adam", *FITTED)
 SCORERS = ("forward", "hook", "loop")
 _STATE_VERSION = 1
 _SEEDS = 1 << 31  # Keys are 64 bits wide: the seed above, the update below.
@@ -218,13 +218,10 @@ class SourceEstimator:
                     "metric 'adam': expected the optimizer, found none. Pass it to measure(), or use 'raw'."
                 )
             return Adam(parameters, optimizer)
-        made: LayerScale | KFAC
-        if self.metric in ("layer_scale", "datainf"):
-            made = (DataInf if self.metric == "datainf" else LayerScale)(parameters, self.damping)
-        else:
-            made = (EKFAC if self.metric == "ekfac" else KFAC)(parameters, damping=self.damping)
+        made = make_fitted(self.metric, parameters, self.damping)
         device = next(iter(parameters.values())).device
-        return made.fit(model, [to_device(batch, device) for batch in batches])
+        made.fit(model, [to_device(batch, device) for batch in batches])
+        return made
 
     def _gradients(
         self,
