@@ -17,10 +17,11 @@ import numpy as np
 
 from cheapertraining.errors import UserError
 from cheapertraining.mixing.offline.table import RunTable
+from cheapertraining.mixing.replay import LEDGER, changes_of, mean_weights, read_ledger
 
 __all__ = ["SUMMARY", "collect_runs"]
 
-SUMMARY, LEDGER = "summary.json", "mixture.jsonl"
+SUMMARY = "summary.json"
 
 
 def collect_runs(folders: Sequence[Path], labels: str = "probe/*") -> RunTable:
@@ -88,31 +89,8 @@ def _mean_weights(folder: Path, summary: dict[str, Any]) -> dict[str, float]:
     """Sampling weights by source, averaged over the batches of the run."""
     first = {name: float(row["weight_start"]) for name, row in summary["sources"].items()}
     last = {name: float(row["weight_end"]) for name, row in summary["sources"].items()}
-    changes = _changes(folder / LEDGER, summary["batches"])
-    if not changes and any(abs(first[name] - last[name]) > 1e-6 for name in first):
+    decisions = read_ledger(folder / LEDGER) if (folder / LEDGER).is_file() else []
+    changes = changes_of(decisions, first, summary["batches"])
+    if len(changes) == 1 and any(abs(changes[0][1][name] - last[name]) > 1e-6 for name in first):
         raise UserError(f"{folder}: its weights changed, and there is no {LEDGER} that says when.")
-    starts = [0, *(start for start, _ in changes)]
-    stages = [first, *(weights for _, weights in changes)]
-    ends = [*starts[1:], max(summary["batches"], 1)]
-    mean = dict.fromkeys(first, 0.0)
-    for start, end, weights in zip(starts, ends, stages, strict=True):
-        for name in mean:
-            mean[name] += max(0, end - start) * weights.get(name, 0.0)
-    total = math.fsum(mean.values())
-    return {name: value / total for name, value in mean.items()}
-
-
-def _changes(path: Path, batches: int) -> list[tuple[int, dict[str, float]]]:
-    """``(from_batch, weights)`` of the changes that reached a batch of the run, in order."""
-    if not path.is_file():
-        return []
-    changes = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-            start, weights = entry["from_batch"], entry["weights"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: not a decision of a run ({error}).") from error
-        if start is not None and start < batches:
-            changes.append((int(start), {name: float(weight) for name, weight in weights.items()}))
-    return sorted(changes, key=lambda change: change[0])
+    return mean_weights(changes, summary["batches"])
