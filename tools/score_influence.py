@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +25,6 @@ from tools.convert_text import exit_code
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-    from cheapertraining.models import CausalLM
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -66,13 +63,14 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
     """
     from cheapertraining.config import ModelConfig
     from cheapertraining.models import build_causal_lm
+    from cheapertraining.models.saved import load_checkpointed
 
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"--model: expected a folder with config.json, or a checkpoint (….pt), found {path}.")
         wrapped, state = build_causal_lm(ModelConfig(name_or_path=str(path)), 0), None
     elif path.is_file():
-        wrapped, state = _from_checkpoint(path)
+        wrapped, state = load_checkpointed(path)
     else:
         raise UserError(f"--model: expected a model folder or a checkpoint, found nothing at {path}.")
     model = wrapped.to(device)
@@ -81,39 +79,6 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
     inner: nn.Module = model.model if model.isolation == "positions" else model
     vocabulary = int(model.model.get_input_embeddings().weight.shape[0])
     return LoadedModel(inner.eval(), vocabulary, model.max_positions, optimizer)
-
-
-def _from_checkpoint(path: Path) -> tuple[CausalLM, dict[str, Any]]:
-    """The model of a run at a checkpoint, and the state that was saved."""
-    import torch
-
-    from cheapertraining.config import load_run_config
-    from cheapertraining.models import build_causal_lm
-
-    place = path.resolve()
-    settings = place.parent.parent / "config.yaml"
-    if not settings.is_file():
-        raise UserError(f"{path}: expected the run's config.yaml at {settings}, found none. Copy it there.")
-    try:
-        state: dict[str, Any] = torch.load(place, map_location="cpu", weights_only=False, mmap=True)["state"]
-        saved: dict[str, torch.Tensor] = state["model"]
-    except Exception as error:  # a damaged file fails in a dozen ways
-        raise UserError(f"{path}: not a readable checkpoint of a run ({error or type(error).__name__}).") from error
-    config = load_run_config(settings).model
-    embedding = saved.get("model.model.embed_tokens.weight")
-    if config.vocab_size is None and config.name_or_path is None and embedding is not None:
-        config = replace(config, vocab_size=len(embedding))  # the tokenizer's, which may be elsewhere now
-    wrapped = build_causal_lm(config, config.vocab_size or 1)
-    own = wrapped.state_dict()
-    for name in [*own, *saved]:
-        found, wanted = (list(tensors[name].shape) if name in tensors else None for tensors in (saved, own))
-        if found != wanted:
-            raise UserError(
-                f"{path}: a checkpoint of another model: '{name}': expected {wanted or 'none'} by {settings}, "
-                f"found {found or 'none'}. Put the config.yaml of its run there."
-            )
-    wrapped.load_state_dict(saved)
-    return wrapped, state
 
 
 def _optimizer(model: nn.Module, state: dict[str, Any]) -> torch.optim.Optimizer | None:

@@ -26,7 +26,7 @@ def collate(sampled: SampledRows) -> Batch:
         are not shifted; they are -100 at the first token of each document (nothing before it predicts it), on padding,
         and where a loss mask is 0. Positions restart at each document; padding is a document of its own, so that models
         which take document bounds from the positions keep it apart. ``attention_mask`` int64 ``[B, S]`` only where
-        there is padding.
+        there is padding. Each sidecar as uint8 ``[B, L]`` under its name.
     """
     count, seq_len = sampled.rows.tokens.shape
     input_ids = sampled.rows.tokens.astype(np.int64)
@@ -47,6 +47,7 @@ def collate(sampled: SampledRows) -> Batch:
         "source": torch.from_numpy(sampled.source),
         "sample_id": torch.from_numpy(sampled.sample),
     }
+    batch |= {name: torch.from_numpy(records) for name, records in sampled.rows.sidecars.items()}
     if padding_from is not None:
         real = np.arange(seq_len)[None, :] < padding_from[:, None]
         labels[~real] = IGNORED

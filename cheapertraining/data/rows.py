@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,15 @@ class TokenRows:
         doc_lengths: uint32, the pieces of all rows one after the other; the pieces of a row sum to ``S`` less padding.
         pieces: int64 ``[N]``, how many pieces each row has.
         loss_mask: uint8 ``[N, S]``, 1 where a token is to be predicted; None: all tokens are.
+        sidecars: by name, uint8 ``[N, L]``: a record of each row, filled up with zeros; see
+            :mod:`cheapertraining.data.sidecar`.
     """
 
     tokens: NDArray[Any]
     doc_lengths: NDArray[np.uint32]
     pieces: NDArray[np.int64]
     loss_mask: NDArray[np.uint8] | None = None
+    sidecars: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)

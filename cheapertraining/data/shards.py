@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ __all__ = [
     "read_meta",
     "sync_folder",
     "write_documents",
+    "write_samples",
     "write_shard",
     "write_sidecars",
     "write_split",
@@ -212,7 +213,31 @@ def write_shard(
     compression: str | None = None,
     hashes: Sequence[str] = DEFAULT_HASHES,
 ) -> dict[str, Any]:
-    """Write rows as the one MDS shard ``<prefix>.<number>.mds`` of ``folder`` and return its entry of the index.
+    """Write rows as one MDS shard, see :func:`write_samples`."""
+    samples = (sample for rows in parts for sample in _samples_of(rows))
+    return write_samples(folder, number, samples, columns, prefix=prefix, compression=compression, hashes=hashes)
+
+
+def _samples_of(rows: TokenRows) -> Iterator[dict[str, Any]]:
+    ends = np.cumsum(rows.pieces)
+    for row, (end, pieces) in enumerate(zip(ends.tolist(), rows.pieces.tolist(), strict=True)):
+        sample = {"tokens": rows.tokens[row], "doc_lengths": rows.doc_lengths[end - pieces : end]}
+        if rows.loss_mask is not None:
+            sample["loss_mask"] = rows.loss_mask[row]
+        yield sample
+
+
+def write_samples(
+    folder: Path,
+    number: int,
+    samples: Iterable[dict[str, Any]],
+    columns: dict[str, str],
+    *,
+    prefix: str = "shard",
+    compression: str | None = None,
+    hashes: Sequence[str] = DEFAULT_HASHES,
+) -> dict[str, Any]:
+    """Write samples as the one MDS shard ``<prefix>.<number>.mds`` of ``folder`` and return its entry of the index.
 
     The file appears whole or not at all.
     """
@@ -223,13 +248,8 @@ def write_shard(
     writer = MDSWriter(
         out=str(unfinished), columns=columns, compression=compression, hashes=list(hashes), size_limit=None
     )
-    for rows in parts:
-        ends = np.cumsum(rows.pieces)
-        for row, (end, pieces) in enumerate(zip(ends.tolist(), rows.pieces.tolist(), strict=True)):
-            sample = {"tokens": rows.tokens[row], "doc_lengths": rows.doc_lengths[end - pieces : end]}
-            if rows.loss_mask is not None:
-                sample["loss_mask"] = rows.loss_mask[row]
-            writer.write(sample)
+    for sample in samples:
+        writer.write(sample)
     writer.finish()  # not `with`: an error must not leave an index that looks complete
     sync_folder(unfinished)
     entry: dict[str, Any] = json.loads((unfinished / INDEX_FILE).read_text(encoding="utf-8"))["shards"][0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -29,6 +29,7 @@ from cheapertraining.data.shards import (
     read_document_hashes,
     read_meta,
 )
+from cheapertraining.data.sidecar import SidecarFolder
 from cheapertraining.data.tokenization import TokenizerWrapper
 from cheapertraining.errors import UserError
 
@@ -106,6 +107,7 @@ class ShardStore:
         self._first_sample = np.append(self._dataset.sample_offset_per_stream, self._dataset.num_samples)
         self.row_dtype = np.dtype(self.metas[0].token_dtype)
         self._masked = np.array([meta.loss_tokens is not None for meta in self.metas])
+        self._sidecars: dict[str, dict[int, SidecarFolder]] = {}
         self._maps: OrderedDict[int, MappedShard] = OrderedDict()
         # Evicted shards keep their disk space for as long as they are mapped, see _touch.
         self._keep_maps = 64 if cache_limit else 1024
@@ -128,6 +130,16 @@ class ShardStore:
         folders = np.searchsorted(self._first_sample, ids, side="right") - 1
         return folders, ids - self._first_sample[folders]
 
+    def attach(self, name: str, sidecars: Mapping[int, SidecarFolder]) -> None:
+        """Read a record beside each row of some folders from now on; workers that run already do not notice.
+
+        Args:
+            name: of the records in what :meth:`read` returns, and in batches.
+            sidecars: by number of the folder; rows of other folders have records of zeros, and where no row of a read
+                has one, there is none in it.
+        """
+        self._sidecars[name] = dict(sidecars)
+
     def read(self, ids: NDArray[np.int64]) -> TokenRows:
         """The rows with these ids, in this order, downloading their shards where needed."""
         shards = np.searchsorted(self._shard_ends, ids, side="right")
@@ -145,12 +157,30 @@ class ShardStore:
             pieces.append(last - first)
         if self._cache_limit:
             self._touch(shards)
+        rows = np.frombuffer(b"".join(tokens), self.row_dtype).reshape(len(ids), self.seq_len)
         return TokenRows(
-            np.frombuffer(b"".join(tokens), self.row_dtype).reshape(len(ids), self.seq_len),
+            rows,
             np.frombuffer(b"".join(lengths), "<u4"),
             np.array(pieces, np.int64),
             loss_mask,
+            self._read_sidecars(ids, rows) if self._sidecars else {},
         )
+
+    def _read_sidecars(self, ids: NDArray[np.int64], tokens: NDArray[Any]) -> dict[str, NDArray[np.uint8]]:
+        """uint8 ``[N, L]`` by name."""
+        folders, samples = self.locate(ids)
+        found = {}
+        for name, sidecars in self._sidecars.items():
+            records: dict[int, memoryview] = {}
+            for folder in np.unique(folders).tolist():
+                if (sidecar := sidecars.get(folder)) is not None:
+                    mine = np.flatnonzero(folders == folder)
+                    records |= zip(mine.tolist(), sidecar.read(samples[mine], tokens[mine]), strict=True)
+            if records:
+                found[name] = np.zeros((len(ids), max(map(len, records.values()))), np.uint8)
+                for row, record in records.items():
+                    found[name][row, : len(record)] = np.frombuffer(record, np.uint8)
+        return found
 
     def _read_loss_mask(self, shards: NDArray[np.int64], within: NDArray[np.int64]) -> NDArray[np.uint8]:
         """uint8 ``[N, S]``; ones for rows of shards without a loss mask."""

@@ -23,7 +23,17 @@ from torch import nn
 from cheapertraining.errors import UserError, nearest
 from cheapertraining.influence.parameters import canonical_name
 
-__all__ = ["STORE_MODES", "GradientStore", "Parts", "StoreMode", "check_same", "model_fingerprint", "part_dtype"]
+__all__ = [
+    "STORE_MODES",
+    "GradientStore",
+    "Parts",
+    "StoreMode",
+    "check_same",
+    "model_fingerprint",
+    "part_dtype",
+    "read_json",
+    "write_whole",
+]
 
 Float64 = NDArray[np.float64]
 Records = NDArray[Any]
@@ -99,10 +109,10 @@ class Parts:
         meta = folder / META_FILE
         if meta.is_file():
             remedy = f"Give what it was made with, or remove {folder} to begin anew."
-            check_same(folder, _read_json(meta), expected, remedy)
+            check_same(folder, read_json(meta), expected, remedy)
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(meta, (json.dumps(expected, indent=2) + "\n").encode())
+            write_whole(meta, (json.dumps(expected, indent=2) + "\n").encode())
 
     def path(self, number: int) -> Path:
         """File of a part."""
@@ -300,7 +310,12 @@ class GradientStore:
         return dict(zip(self.widths, torch.split(gradients, list(self.widths.values()), dim=1), strict=True))
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The mapping in a JSON file.
+
+    Raises:
+        UserError: it is unreadable.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -310,7 +325,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: unreadable ({error}). Remove {file.parent} to begin anew.") from error
 
 
-def _write_whole(file: Path, content: bytes) -> None:
+def write_whole(file: Path, content: bytes) -> None:
     """Write a file that appears whole or not at all; written by several processes, the last one's stays."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
     with unfinished.open("wb") as handle:

@@ -17,7 +17,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from composer.models import ComposerModel
@@ -32,7 +32,16 @@ from cheapertraining.influence.losses import per_sample_loss
 if TYPE_CHECKING:
     from cheapertraining.config import ModelConfig
 
-__all__ = ["CausalLM", "TokenCrossEntropy", "attention_for", "build_causal_lm", "isolation_of"]
+__all__ = [
+    "CausalLM",
+    "HeadInputs",
+    "Objective",
+    "TokenCrossEntropy",
+    "attention_for",
+    "build_causal_lm",
+    "head_mismatch",
+    "isolation_of",
+]
 
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2", "flex_attention", "eager")
 
@@ -68,6 +77,38 @@ class TokenCrossEntropy(Metric):
         return self.loss_sum / self.tokens
 
 
+class HeadInputs(NamedTuple):
+    """What a model makes of a batch but for its logits, ``cap(logit_scale * (hidden @ weight.T + bias))``.
+
+    Attributes:
+        hidden: ``[B, S, H]``, what the head multiplies (after the last norm).
+        layers: ``[B, S, H]`` each, the embeddings and what each decoder layer gives; empty unless asked for.
+        weight: ``[V, H]``; whole where parameters are sharded, until they are sharded again.
+        bias: ``[V]`` or None.
+        logit_scale: a factor.
+        soft_cap: ``cap(z) = soft_cap * tanh(z / soft_cap)``; None: no cap.
+    """
+
+    hidden: Tensor
+    layers: tuple[Tensor, ...]
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    soft_cap: float | None
+
+
+class Objective(Protocol):
+    """What stands in for the cross entropy for as long as it is set, see :attr:`CausalLM.objective`."""
+
+    @property
+    def layers(self) -> bool:
+        """Whether the states of all layers are needed."""
+
+    def __call__(self, inputs: HeadInputs, batch: Mapping[str, Any], outputs: MutableMapping[str, Any]) -> Tensor:
+        """Return the mean loss over the batch's loss-counting tokens and write into ``outputs`` what
+        :meth:`CausalLM.loss` writes."""
+
+
 class CausalLM(ComposerModel):
     """A causal language model over packed rows.
 
@@ -91,6 +132,9 @@ class CausalLM(ComposerModel):
         if self.isolation == "mask" and model.config._attn_implementation.startswith("fl"):
             model.config._attn_implementation = "sdpa"  # flash kernels take no 4-D mask
         self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.objective: Objective | None = None
+        """Where one is set, `forward` returns ``{"head_inputs": HeadInputs}``, so that logits never exist as a whole,
+        and `loss` is the objective's."""
         self._flops = _FlopCount(model)
         for layer in _decoder_layers(model):
             layer._fsdp_wrap = True  # type: ignore[assignment]  # Composer shards it as one unit
@@ -101,6 +145,32 @@ class CausalLM(ComposerModel):
         Raises:
             UserError: The rows are longer than the model's positions reach.
         """
+        if self.objective is not None:
+            return {"head_inputs": self.head_inputs(batch, self.objective.layers)}  # type: ignore[dict-item]
+        return {"logits": _call(self.model, *self._inputs(batch), self.isolation).logits}
+
+    def head_inputs(self, batch: Mapping[str, Any], layers: bool = False) -> HeadInputs:
+        """Run the model on a batch but for its head.
+
+        Args:
+            batch: As for `forward`.
+            layers: Whether to return the states of all layers.
+
+        Raises:
+            UserError: As `forward`.
+        """
+        options: dict[str, Any] = {"logits_to_keep": 1} if _takes(self.model, "logits_to_keep") else {}
+        arguments = (self.model, *self._inputs(batch), self.isolation)
+        if layers or torch.is_grad_enabled():
+            # As outputs of the whole model they have its hooks, without which FSDP2 does not expect their gradients.
+            states = _call(*arguments, output_hidden_states=True, **options).hidden_states
+            hidden, kept = states[-1], tuple(states) if layers else ()
+        else:
+            hidden, kept = _last_hidden(*arguments, **options), ()
+        return HeadInputs(hidden, kept, *_head_of(self.model))
+
+    def _inputs(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Token ids and positions of a batch, ``[B, S]`` each."""
         input_ids = batch["input_ids"]
         length = input_ids.shape[1]
         if self.max_positions is not None and length > self.max_positions:
@@ -111,14 +181,17 @@ class CausalLM(ComposerModel):
         positions = batch.get("position_ids")
         if positions is None:
             positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
-        return {"logits": _logits(self.model, input_ids, positions, self.isolation)}
+        return input_ids, positions
 
     def loss(self, outputs: MutableMapping[str, Any], batch: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Return the mean cross entropy over the batch's loss-counting tokens, a float32 scalar in nats.
 
         Also writes ``outputs["sample_loss_sum"]`` (float32 ``[B]``) and ``outputs["sample_tokens"]`` (int64 ``[B]``),
-        both detached: the same numbers, before the mean, for whoever wants the loss by source.
+        both detached: the same numbers, before the mean, for whoever wants the loss by source. With an `objective`
+        they are its cross entropy.
         """
+        if self.objective is not None:
+            return self.objective(outputs["head_inputs"], batch, outputs)
         sums, tokens = per_sample_loss(outputs["logits"], batch["labels"])
         outputs["sample_loss_sum"] = sums.detach()
         outputs["sample_tokens"] = tokens.detach()
@@ -323,15 +396,37 @@ def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return []
 
 
-def _logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, isolation: Isolation) -> Tensor:
-    """Run the model on packed rows; logits ``[B, S, V]`` in the model's precision."""
+def _call(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, isolation: Isolation, **options: Any) -> Any:
+    """Run the model on packed rows; its outputs, such as ``logits`` ``[B, S, V]`` in the model's precision."""
     inputs: dict[str, Tensor] = {"input_ids": input_ids, "position_ids": position_ids}
     if isolation == "mask":
         inputs["attention_mask"] = _additive_mask(position_ids, next(model.parameters()).dtype)
     with _runnable_attention(model, input_ids.device):
-        logits = model(**inputs, use_cache=False).logits
-    assert isinstance(logits, Tensor)
-    return logits
+        return model(**inputs, use_cache=False, **options)
+
+
+def _last_hidden(*arguments: Any, **options: Any) -> Tensor:
+    """Arguments of `_call`; what the model's body gives to its head, without keeping the states of other layers."""
+    found: list[Tensor] = []
+    body: nn.Module = arguments[0].base_model
+    handle = body.register_forward_hook(lambda module, inputs, outputs: found.append(outputs[0]))
+    try:
+        _call(*arguments, **options)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def _head_of(model: PreTrainedModel) -> tuple[Tensor, Tensor | None, float, float | None]:
+    """Weight, bias, logit scale and soft cap of the output head; the last two as configurations name them."""
+    head, config = model.get_output_embeddings(), model.config
+    scale = float(getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0))
+    cap = getattr(config, "final_logit_softcapping", None)
+    return head.weight, getattr(head, "bias", None), scale, None if cap is None else float(cap)
+
+
+def _takes(model: PreTrainedModel, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters
 
 
 @contextlib.contextmanager
@@ -406,6 +501,24 @@ def _check_finite(model: PreTrainedModel) -> None:
             )
 
 
+def head_mismatch(model: CausalLM) -> float:
+    """Return how far the logits are from what `HeadInputs` say they are, relative to the largest, on a tiny row."""
+    device = next(model.parameters()).device
+    batch = {"input_ids": torch.arange(1, 5, device=device)[None]}
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = _call(model.model, *model._inputs(batch), model.isolation).logits
+        errors = []
+        for layers in (False, True):
+            hidden, _, weight, bias, scale, cap = model.head_inputs(batch, layers)
+            made = scale * nn.functional.linear(hidden, weight, bias)
+            made = made if cap is None else cap * torch.tanh(made / cap)
+            errors.append(float((made - logits).abs().max() / logits.abs().max()))
+    model.train(training)
+    return max(errors)
+
+
 def _leak(model: PreTrainedModel, isolation: Isolation) -> str | None:
     """Return how a row's second document fails to be independent of its first, or None if it is independent."""
     device = next(model.parameters()).device
@@ -417,7 +530,7 @@ def _leak(model: PreTrainedModel, isolation: Isolation) -> str | None:
     model.eval()
     try:
         with torch.no_grad():
-            before, after = (_logits(model, ids, positions, isolation)[0, 3:] for ids in (row, changed))
+            before, after = (_call(model, ids, positions, isolation).logits[0, 3:] for ids in (row, changed))
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         return f"it fails: {error}"
     finally:

@@ -16,7 +16,7 @@ from cheapertraining.influence.offline.job import LoadedModel, LoadModel, Scorin
 from cheapertraining.influence.offline.rows import Part, ShardSet, part_batches
 from cheapertraining.influence.offline.scoring import Checkpoint, score_part
 
-__all__ = ["limited_threads", "run_workers", "work_on"]
+__all__ = ["limited_threads", "run_processes", "run_workers", "work_on"]
 
 _END_SECONDS = 10
 
@@ -52,19 +52,32 @@ def run_workers(
     Raises:
         UserError: a process met one, or died; what it had committed is kept.
     """
-    context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks and could not use CUDA
     missing = [checkpoint.parts.missing() for checkpoint in checkpoints]
+    shares = [[each[number :: job.processes] for each in missing] for number in range(job.processes)]
+    work = [(number, job, checkpoints, load, sets, parts, share) for number, share in enumerate(shares) if any(share)]
+    run_processes(_score_shares, work, advance)
+
+
+def run_processes(work: Callable[..., None], shares: Sequence[tuple[Any, ...]], advance: Callable[[int], None]) -> None:
+    """Start a process for each share and return when all have ended.
+
+    Args:
+        work: called with the arguments of a share and, last, with a function to report progress to; picklable.
+        shares: picklable arguments.
+        advance: is told what the processes report.
+
+    Raises:
+        UserError: a process met one, or died.
+    """
+    context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks and could not use CUDA
     running: dict[Connection, Any] = {}
     try:
-        for number in range(job.processes):
-            shares = [each[number :: job.processes] for each in missing]
-            if any(shares):
-                mine, theirs = context.Pipe(duplex=False)
-                arguments = (number, theirs, job, checkpoints, load, sets, parts, shares)
-                process = context.Process(target=_work, args=arguments, daemon=True)
-                process.start()
-                theirs.close()  # or the end of the process would not end the pipe
-                running[mine] = process
+        for share in shares:
+            mine, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(theirs, work, share), daemon=True)
+            process.start()
+            theirs.close()  # or the end of the process would not end the pipe
+            running[mine] = process
         while running:
             for connection in wait(list(running)):
                 _take(connection, running, advance)  # type: ignore[arg-type]  # they are what was waited for
@@ -92,23 +105,11 @@ def _take(connection: Connection, running: dict[Connection, Any], advance: Calla
     advance(message)
 
 
-def _work(
-    number: int,
-    connection: Connection,
-    job: ScoringJob,
-    checkpoints: Sequence[Checkpoint],
-    load: LoadModel,
-    sets: Sequence[ShardSet],
-    parts: Sequence[Part],
-    shares: Sequence[Sequence[int]],
-) -> None:
-    """A process: its share of each checkpoint. It ends when nobody listens any more (its parent was killed)."""
+def _work(connection: Connection, work: Callable[..., None], share: tuple[Any, ...]) -> None:
+    """A process: its share. It ends when nobody listens any more (its parent was killed)."""
     try:
         with limited_threads():
-            for checkpoint, path, share in zip(checkpoints, job.models, shares, strict=True):
-                if share:
-                    loaded = load(path, job.process_device(number))
-                    work_on(job, checkpoint, loaded, sets, parts, share, connection.send)
+            work(*share, connection.send)
     except UserError as error:
         connection.send(str(error))
     except BrokenPipeError:
@@ -116,6 +117,23 @@ def _work(
     except KeyboardInterrupt:
         os._exit(130)
     connection.close()
+
+
+def _score_shares(
+    number: int,
+    job: ScoringJob,
+    checkpoints: Sequence[Checkpoint],
+    load: LoadModel,
+    sets: Sequence[ShardSet],
+    parts: Sequence[Part],
+    shares: Sequence[Sequence[int]],
+    advance: Callable[[int], None],
+) -> None:
+    """A process's share of each checkpoint."""
+    for checkpoint, path, share in zip(checkpoints, job.models, shares, strict=True):
+        if share:
+            loaded = load(path, job.process_device(number))
+            work_on(job, checkpoint, loaded, sets, parts, share, advance)
 
 
 @contextlib.contextmanager
