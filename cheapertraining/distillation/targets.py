@@ -42,17 +42,44 @@ class OutputHead:
         bias = None if self.bias is None else self.bias[:vocabulary]
         return replace(self, weight=self.weight[:vocabulary], bias=bias)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``[..., V]`` from ``[..., H]``, projected and kept in float32 (float64 stays), whatever autocast says."""
+    def to(self, dtype: torch.dtype) -> OutputHead:
+        """The same in another dtype."""
+        return replace(self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
+
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """``[..., V]`` from ``[..., H]``, projected and kept in float32 (float64 stays), whatever autocast says.
+
+        Args:
+            hidden: any floating dtype.
+            out: where to write them, for ``[N, H]`` without a graph, in the dtype of states and weight.
+        """
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         with torch.autocast(hidden.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.to(dtype)
-            logits = torch.nn.functional.linear(hidden.to(dtype), self.weight.to(dtype), bias)
-            if self.logit_scale != 1.0:
-                logits = logits * self.logit_scale
-            if self.soft_cap is not None:
-                logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
-        return logits
+            wide = self.to(dtype)
+            if out is None:
+                logits = torch.nn.functional.linear(hidden.to(dtype), wide.weight, wide.bias)
+                return self._transformed(logits)
+            torch.mm(hidden.to(dtype), wide.weight.T, out=out)
+            if wide.bias is not None:
+                out.add_(wide.bias)
+            return out.copy_(self._transformed(out)) if self._transforms else out
+
+    def backward(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
+        """The gradient of ``hidden @ weight.T + bias`` from that of the logits (overwritten), both ``[N, V]``; the
+        logits themselves are needed with a soft-cap."""
+        if self.soft_cap is not None:
+            assert logits is not None
+            gradient.mul_(1 - (logits / self.soft_cap).square())
+        return gradient.mul_(self.logit_scale) if self.logit_scale != 1.0 else gradient
+
+    @property
+    def _transforms(self) -> bool:
+        return self.logit_scale != 1.0 or self.soft_cap is not None
+
+    def _transformed(self, logits: Tensor) -> Tensor:
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
 
 def _rows(tensor: Tensor, index: Tensor) -> Tensor:
@@ -79,6 +106,10 @@ class DenseTargets:
         """The positions ``index`` (int64 ``[N]`` into ``B * S``): logits ``[N, V]``."""
         return DenseTargets(_rows(self.logits, index))
 
+    def part(self, rows: slice) -> DenseTargets:
+        """Some of the rows that :meth:`rows` gave."""
+        return DenseTargets(self.logits[rows])
+
 
 @dataclass(frozen=True)
 class HiddenTargets:
@@ -96,10 +127,11 @@ class HiddenTargets:
     def vocabulary(self) -> int:
         return self.head.vocabulary
 
-    def rows(self, index: Tensor) -> DenseTargets:
-        """Logits ``[N, V]`` of the positions ``index`` (int64 ``[N]`` into ``B * S``), without a graph."""
+    def rows(self, index: Tensor, out: Tensor | None = None) -> DenseTargets:
+        """Logits ``[N, V]`` of the positions ``index`` (int64 ``[N]`` into ``B * S``), without a graph; in ``out``,
+        where given."""
         with torch.no_grad():
-            return DenseTargets(self.head.logits(_rows(self.hidden, index)))
+            return DenseTargets(self.head.logits(_rows(self.hidden, index), out))
 
 
 @dataclass(frozen=True)
@@ -123,6 +155,10 @@ class TopKTargets:
         ids, log_probs, tail = (_rows(tensor, index) for tensor in (self.ids, self.log_probs, self.tail))
         return replace(self, ids=ids, log_probs=log_probs, tail=tail)
 
+    def part(self, rows: slice) -> TopKTargets:
+        """Some of the rows that :meth:`rows` gave."""
+        return replace(self, ids=self.ids[rows], log_probs=self.log_probs[rows], tail=self.tail[rows])
+
 
 @dataclass(frozen=True)
 class SampledTargets:
@@ -141,6 +177,10 @@ class SampledTargets:
     def rows(self, index: Tensor) -> SampledTargets:
         """The positions ``index`` (int64 ``[N]`` into ``B * S``): ``[N, K]``."""
         return replace(self, ids=_rows(self.ids, index), weights=_rows(self.weights, index))
+
+    def part(self, rows: slice) -> SampledTargets:
+        """Some of the rows that :meth:`rows` gave."""
+        return replace(self, ids=self.ids[rows], weights=self.weights[rows])
 
 
 Targets = DenseTargets | HiddenTargets | TopKTargets | SampledTargets
