@@ -128,6 +128,7 @@ def build_loader(config: RunConfig, tokenizer: TokenizerWrapper) -> MixtureLoade
         persistent_workers=settings.persistent_workers,
         pin_memory=settings.pin_memory,
         lag=settings.lag,
+        allow_source_changes=settings.allow_source_changes,
         seed=config.seed,
     )
     # A DataLoader draws a seed whenever iterating starts; from the global generator, and a resumed run would go on

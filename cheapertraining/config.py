@@ -148,6 +148,8 @@ class TrainLoaderConfig:
     pin_memory: bool = False
     lag: Count = 8
     """Batches from a weight change to the first one drawn with it; at least num_workers * prefetch_factor."""
+    allow_source_changes: bool = False
+    """Resume with other data.sources than the checkpoint's: those that stay go on, new ones begin at their weight."""
 
 
 @dataclass
@@ -452,8 +454,52 @@ class LoggersConfig:
 
 
 @dataclass
+class FSDPConfig:
+    """Parameters, gradients and optimizer state in shards, as FullyShardedDataParallel (FSDP1) does it."""
+
+    data_parallel_shard_degree: Count | Literal[-1] = -1
+    """Ranks that a model is cut over; -1 is all that are left."""
+    data_parallel_replicate_degree: Count | None = None
+    """Copies of the cut model (HSDP), best one a node."""
+    mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = "DEFAULT"
+    """With a half precision: parameters gathered in it and gradients reduced in float32; both in it; neither."""
+    cpu_offload: bool = False
+    """Keep shards and optimizer state in host memory."""
+    load_monolith_rank0_only: bool = False
+    """Refused; a key that configs of Composer have."""
+
+
+@dataclass
+class FSDP2Config(FSDPConfig):
+    """The same as ``fully_shard`` (FSDP2) does it."""
+
+    reshard_after_forward: bool = True
+    """Free a block's gathered parameters between forward and backward; false gathers once, for more memory."""
+
+
+@dataclass
+class TensorParallelConfig:
+    """Layers cut across ranks, which read the same samples, and sequences between them."""
+
+    tensor_parallel_degree: Annotated[int, between(1)] | Literal[-1] = -1
+    """Ranks that a layer is cut over, best those of one node; -1 is all."""
+
+
+@dataclass
 class ParallelismConfig:
-    """No settings: processes hold replicas of the model (DDP)."""
+    """How several processes share a model; without fsdp, fsdp2 and tp each holds all of it (DDP)."""
+
+    fsdp: FSDPConfig | None = None
+    fsdp2: FSDP2Config | None = None
+    tp: TensorParallelConfig | None = None
+    activation_checkpointing: bool = False
+    """Keep only the inputs of each decoder block, and run it again in the backward pass."""
+    compile_blocks: bool = False
+    """torch.compile for each decoder block."""
+    state_dict_type: Literal["full", "sharded"] = "full"
+    """Checkpoints as one file, which rank 0 writes, or as a folder that all ranks write; either loads anywhere."""
+    async_save: bool = False
+    """Write (sharded) checkpoints in the background, from a copy in host memory."""
 
 
 # ---- the run -----------------------------------------------------------------------------------------------
@@ -767,6 +813,23 @@ def _problems_between_parts(config: RunConfig) -> Problems:
         problems.append(("data.probes", "influence_scores are towards probes: name at least one."))
     if mixing is not None and mixing.strategy == "schedule":
         problems.extend(_schedule_problems(mixing.schedule, config.data))
+    return problems + _parallelism_problems(config.parallelism)
+
+
+def _parallelism_problems(parallelism: ParallelismConfig) -> Problems:
+    problems: Problems = []
+    if parallelism.fsdp is not None and (parallelism.fsdp2 is not None or parallelism.tp is not None):
+        problems.append(("parallelism.fsdp", "cannot be had beside fsdp2 or tp. Set it to null, or use fsdp2 alone."))
+    for name in ("fsdp", "fsdp2"):
+        section = getattr(parallelism, name)
+        if section is not None and section.load_monolith_rank0_only:
+            why = "loads only rank 0's shards and leaves the others as they were. Remove it: every rank reads its own."
+            problems.append((f"parallelism.{name}.load_monolith_rank0_only", why))
+    if parallelism.tp is not None and parallelism.fsdp2 and parallelism.fsdp2.data_parallel_replicate_degree:
+        why = "cannot be had beside tp. Set it to null."
+        problems.append(("parallelism.fsdp2.data_parallel_replicate_degree", why))
+    if parallelism.async_save and parallelism.state_dict_type == "full":
+        problems.append(("parallelism.async_save", "needs parallelism.state_dict_type: sharded."))
     return problems
 
 

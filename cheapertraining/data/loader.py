@@ -67,6 +67,7 @@ def get_loader(
     lag: int = 8,
     seed: int = 0,
     pin_memory: bool = False,
+    allow_source_changes: bool = False,
     overrides: Sequence[str] = (),
 ) -> MixtureLoader:
     """Make the loader of a mixture, with ``.mixture``, ``.probes`` and ``.heldout`` beside it.
@@ -79,6 +80,7 @@ def get_loader(
         num_workers, prefetch_factor, persistent_workers, pin_memory: as for ``torch.utils.data.DataLoader``.
         lag: batches from a weight change to its first batch; at least ``num_workers * prefetch_factor``.
         seed: decides the order of samples.
+        allow_source_changes: the mixture takes over a state of other sources as far as they are the same.
         overrides: ``key=value`` on top of a config given by name or path.
 
     Returns:
@@ -123,7 +125,7 @@ def get_loader(
         max_epochs=max_epochs,
         shuffle_block_size=data.shuffle_block_size,
     )
-    mixture = MixedDataset(store, plan, lag=lag, max_epochs=max_epochs)
+    mixture = MixedDataset(store, plan, lag=lag, max_epochs=max_epochs, allow_source_changes=allow_source_changes)
     loader = MixtureLoader(
         mixture,
         batch_size=batch_size // world_size,

@@ -53,10 +53,18 @@ class MixedDataset(Dataset[SampledRows]):
             DataLoader prefetches (workers times prefetch factor), and is part of the run, not of the machine: with the
             same lag, any number of workers sees the same batches.
         max_epochs: caps by source name, as given to the plan; for those who decide on weights.
+        allow_source_changes: a state of other sources is taken over as far as they are the same, see
+            :meth:`~cheapertraining.data.plan.MixturePlan.load_state_dict`; otherwise it is refused.
     """
 
     def __init__(
-        self, store: ShardStore, plan: MixturePlan, *, lag: int, max_epochs: Mapping[str, float | None] | None = None
+        self,
+        store: ShardStore,
+        plan: MixturePlan,
+        *,
+        lag: int,
+        max_epochs: Mapping[str, float | None] | None = None,
+        allow_source_changes: bool = False,
     ) -> None:
         if lag < 1:
             raise UserError(f"train_loader.lag: expected at least 1 batch, found {lag}.")
@@ -68,6 +76,7 @@ class MixedDataset(Dataset[SampledRows]):
         self.exhausted: str | None = None
         """Why the loader ended, once it has: an exhaustion policy or the caps left nothing to draw."""
         self.max_epochs = {name: (max_epochs or {}).get(name) for name in plan.sources}
+        self.allow_source_changes = allow_source_changes
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -171,7 +180,7 @@ class MixedDataset(Dataset[SampledRows]):
                     f"mixture state: {key} was {state.get(key)} when the checkpoint was saved and is {mine} now. "
                     "Resume with the old value, or start a new run (another run_name)."
                 )
-        self.plan.load_state_dict(state)
+        self.plan.load_state_dict(state, allow_source_changes=self.allow_source_changes)
         self.consumed = int(state["batch"])
         self.exhausted = None
 

@@ -23,7 +23,15 @@ from numpy.typing import NDArray
 
 from cheapertraining.errors import UserError, nearest
 
-__all__ = ["EXHAUSTION_POLICIES", "Exhausted", "MixturePlan", "PlannedBatch", "SourceOrder", "integer_weights"]
+__all__ = [
+    "EXHAUSTION_POLICIES",
+    "Exhausted",
+    "MixturePlan",
+    "PlannedBatch",
+    "SourceOrder",
+    "carried_over",
+    "integer_weights",
+]
 
 Int64 = NDArray[np.int64]
 _K = TypeVar("_K")
@@ -123,7 +131,8 @@ class MixturePlan:
         self._slot_orders: OrderedDict[int, Int64] = OrderedDict()
         self._first = 0
         self._horizon = 0
-        self._ledger: list[tuple[int, Int64]] = [(0, integer_weights(weights, self.sources))]
+        self._configured = integer_weights(weights, self.sources)
+        self._ledger: list[tuple[int, Int64]] = [(0, self._configured)]
         self._segments: list[_Segment] = []
         self._begin(np.zeros(len(self.sources), np.int64))
 
@@ -236,21 +245,30 @@ class MixturePlan:
             ],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, allow_source_changes: bool = False) -> None:
         """Continue where ``state`` was taken.
+
+        Args:
+            state: from :meth:`state_dict`.
+            allow_source_changes: sources may have been added or retired since. Those that stay go on in their order
+                where it was left; new ones start at its beginning; weights are :func:`carried_over`, with those that
+                the plan was made with for the new ones.
 
         Raises:
             UserError: the state belongs to another plan; the message names what differs.
         """
         if state.get("version") != _STATE_VERSION:
             raise UserError(f"mixture state: expected version {_STATE_VERSION}, found {state.get('version')}.")
-        self._check_identity(state)
-        self._ledger = [
-            (int(start), np.array([weights[name] for name in self.sources], np.int64))
-            for start, weights in state["ledger"]
-        ]
+        self._check_identity(state, allow_source_changes)
+        self._ledger = [(int(start), self._taken_over(weights)) for start, weights in state["ledger"]]
         self._first = self._horizon = int(state["batch"])
-        self._begin(np.array([state["drawn"][name] for name in self.sources], np.int64))
+        self._begin(np.array([state["drawn"].get(name, 0) for name in self.sources], np.int64))
+
+    def _taken_over(self, saved: Mapping[str, int]) -> Int64:
+        """Integer weights of a saved ledger entry, for the sources of this plan."""
+        if saved.keys() == set(self.sources):
+            return np.array([saved[name] for name in self.sources], np.int64)
+        return integer_weights(carried_over(saved, self._named(self._configured)), self.sources)
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -261,17 +279,27 @@ class MixturePlan:
             "samples": dict(zip(self.sources, self.sizes.tolist(), strict=True)),
         }
 
-    def _check_identity(self, state: Mapping[str, Any]) -> None:
-        missing, extra = set(state["samples"]) - set(self.sources), set(self.sources) - set(state["samples"])
-        if missing or extra:
-            raise UserError(
-                f"mixture state: the checkpoint has the sources {', '.join(state['samples'])}; the run has "
-                f"{', '.join(self.sources)}. Resume with the same data.sources, or start a new run (another run_name)."
+    def _check_identity(self, state: Mapping[str, Any], allow_source_changes: bool) -> None:
+        saved, here = state["samples"], self._identity()
+        if saved.keys() != set(self.sources):
+            sources = (
+                f"mixture state: the checkpoint has the sources {', '.join(saved)}; the run has "
+                f"{', '.join(self.sources)}."
             )
-        for key, mine in self._identity().items():
-            if state[key] != mine:
+            if not allow_source_changes:
                 raise UserError(
-                    f"mixture state: {key} was {state[key]} when the checkpoint was saved and is {mine} now. "
+                    f"{sources} Resume with the same data.sources, set train_loader.allow_source_changes to true to go "
+                    "on with these, or start a new run (another run_name)."
+                )
+            if not saved.keys() & set(self.sources):
+                raise UserError(f"{sources} None is in both, so there is nothing to go on with. Start a new run.")
+            here["samples"] = {name: size for name, size in here["samples"].items() if name in saved}
+            saved = {name: size for name, size in saved.items() if name in self.sources}
+        for key, mine in here.items():
+            before = saved if key == "samples" else state[key]
+            if before != mine:
+                raise UserError(
+                    f"mixture state: {key} was {before} when the checkpoint was saved and is {mine} now. "
                     "Resume with the old value, or start a new run (another run_name)."
                 )
 
@@ -519,6 +547,30 @@ def integer_weights(weights: Mapping[str, float], sources: Sequence[str]) -> Int
             "weights: all are zero, so there is nothing to sample. Give at least one source a positive weight."
         )
     return _apportion_total(values)
+
+
+def carried_over(old: Mapping[str, float], fresh: Mapping[str, float]) -> dict[str, float]:
+    """Weights for sources of which some are new, from those of sources of which some are gone.
+
+    New sources get their share of ``fresh``; those that stay divide the rest in proportion to ``old``, so that what the
+    retired ones had is shared by all others. With the same sources, ``old`` as it is. Where those that stay had no
+    weight, ``fresh``.
+
+    Args:
+        old: weights by source, non-negative.
+        fresh: weights by source of the set that is wanted, non-negative, on any scale.
+
+    Returns:
+        Weights in the order of ``fresh``; they sum to 1, or to what ``old`` sums to where the sources are the same.
+    """
+    if old.keys() == fresh.keys():
+        return {name: old[name] for name in fresh}
+    total = math.fsum(fresh.values())
+    stayed = math.fsum(old[name] for name in fresh if name in old)
+    if stayed <= 0:
+        return {name: weight / total for name, weight in fresh.items()}
+    rest = math.fsum(weight for name, weight in fresh.items() if name in old) / total
+    return {name: old[name] / stayed * rest if name in old else weight / total for name, weight in fresh.items()}
 
 
 def _apportion_total(values: NDArray[np.float64]) -> Int64:

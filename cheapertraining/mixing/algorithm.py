@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,7 @@ class OnlineMixing(Algorithm):
             _drop_later(self.ledger_path, batch)
         if batch == 0 and (decision := self.controller.start()) is not None:
             self._write(decision)
+        self._note_source_changes(batch)
 
     def _excess(self, state: State) -> torch.Tensor | None:
         """By sample: sum of ``max(loss - reference model's loss, 0)`` over its tokens, float64 ``[B]``."""
@@ -276,15 +277,31 @@ class OnlineMixing(Algorithm):
             self._pending = None
 
     def _write(self, decision: Decision) -> None:
-        if self.ledger_path is None or dist.get_global_rank() != 0:
-            return
-        self.ledger_path.parent.mkdir(parents=True, exist_ok=True)
         entry = decision.to_dict()
         del entry["realized"]  # Known at the next decision only, which carries it.
         history = self.controller.history
         entry["realized_since_last"] = history[-2].realized if len(history) > 1 else None
+        self._append([entry])
+
+    def _note_source_changes(self, batch: int) -> None:
+        """Write down the mixture that other sources have made, unless an earlier start from here has done so."""
+        changes = self.controller.after_source_changes(batch)
+        if not changes or self.ledger_path is None or dist.get_global_rank() != 0:
+            return
+        written = self.ledger_path.read_text().splitlines() if self.ledger_path.exists() else []
+        last = json.loads(written[-1]) if written else {"batch": -1}
+        if last["batch"] == batch and last["weights"] == changes[-1].weights:
+            return
+        entries = [change.to_dict() for change in changes]
+        self._append([{key: value for key, value in entry.items() if key != "realized"} for entry in entries])
+
+    def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Add lines to the ledger, on rank 0, where there is one."""
+        if self.ledger_path is None or dist.get_global_rank() != 0:
+            return
+        self.ledger_path.parent.mkdir(parents=True, exist_ok=True)
         with self.ledger_path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
 
 _MEASURES = {

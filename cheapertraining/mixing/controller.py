@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cheapertraining.data.plan import Exhausted
+from cheapertraining.data.plan import Exhausted, carried_over
 from cheapertraining.errors import UserError
 from cheapertraining.influence.scorers import SourceInfluence
 from cheapertraining.influence.scorers.gram import SourceGradients
@@ -150,8 +150,8 @@ class Totals:
 
     @classmethod
     def of(cls, sums: Mapping[str, Sequence[float | None]], names: Sequence[str]) -> Totals:
-        """The inverse of :meth:`by_name`; None becomes NaN, and so do all means behind it."""
-        losses, tokens = ([_number(sums[name][row]) for name in names] for row in range(2))
+        """The inverse of :meth:`by_name`; None becomes NaN, and so do all means behind it. A new source has 0."""
+        losses, tokens = ([_number(sums[name][row]) if name in sums else 0.0 for name in names] for row in range(2))
         return cls(np.array(losses), np.array(tokens))
 
 
@@ -159,7 +159,8 @@ class MixtureController:
     """Decides on a mixture's weights while it is trained on.
 
     Args:
-        mixture: weights are read from and written to it.
+        mixture: weights are read from and written to it. Where its ``allow_source_changes`` is true, a state of other
+            sources is taken over as far as they are the same.
         strategy: makes the wishes. It is reset with the mixture's present weights as prior.
         constraints: applied to every wish.
         interval: batches between decisions.
@@ -193,12 +194,15 @@ class MixtureController:
         self.measurements = 0
         """Measurements taken so far; the ``update_index`` of the next one."""
         self.history: list[Decision] = []
+        self.sources_changed = False
+        """Whether the state that was loaded last is of other sources."""
         count = len(self.source_names)
         self.totals = Totals(np.zeros(count), np.zeros(count))
         self._at_decision = self.totals
         # Excess losses over a reference model, where the strategy needs them.
         self._excess = self._excess_at_decision = self.totals
-        self._prior = dict(mixture.get_current_weights())
+        self._configured = dict(mixture.get_current_weights())
+        self._prior = self._configured
         self.constraints = constraints
         self._constraints = self._with_prior()
         if strategy.needs:
@@ -239,6 +243,21 @@ class MixtureController:
             return None
         weights = self._constraints.project(wish)
         return self._commit(0, 0, weights, wish, None, None)
+
+    def after_source_changes(self, batch: int) -> list[Decision]:
+        """What the mixture is drawn with from ``batch`` on, where a state of other sources was loaded; else nothing.
+
+        No decision of a strategy, but a ledger without it could not be replayed.
+        """
+        if not self.sources_changed:
+            return []
+        found: list[Decision] = []
+        with contextlib.suppress(Exhausted):
+            for start in range(batch, batch + self.mixture.lag + 1):
+                weights = dict(self.mixture.weights_at(start))
+                if not found or weights != found[-1].weights:
+                    found.append(Decision(batch, start, weights))
+        return found
 
     def step(
         self,
@@ -436,17 +455,22 @@ class MixtureController:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue as :meth:`state_dict` left off. The mixture restores its own state.
 
-        A checkpoint of another strategy is fine: the present one then starts afresh, with a word in the log.
+        A checkpoint of another strategy is fine: the present one then starts afresh, with a word in the log. So is one
+        of other sources where the mixture allows it: new ones begin with their share of the mixture's first weights,
+        and every strategy says what it takes over.
 
         Raises:
-            UserError: the state is of other sources.
+            UserError: the state is of other sources, and the mixture does not allow it.
         """
-        if set(state["sources"]) != set(self.source_names):
+        self.sources_changed = set(state["sources"]) != set(self.source_names)
+        if self.sources_changed and not getattr(self.mixture, "allow_source_changes", False):
             raise UserError(
                 f"checkpoint: its mixture has the sources {_listed(state['sources'])}; this run has "
-                f"{_listed(self.source_names)}. Resume with the same sources, or start a new run."
+                f"{_listed(self.source_names)}. Resume with the same sources, set train_loader.allow_source_changes to "
+                "true to go on with these, or start a new run."
             )
-        self._prior = {name: float(state["prior"][name]) for name in self.source_names}
+        saved_prior = {name: float(weight) for name, weight in state["prior"].items()}
+        self._prior = carried_over(saved_prior, self._configured)
         self._constraints = self._with_prior()
         self.measurements = int(state["measurements"])
         self.totals = Totals.of(state["totals"], self.source_names)

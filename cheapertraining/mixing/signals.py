@@ -159,5 +159,8 @@ class Strategy(Protocol):
         """Return JSON-able state, with a ``version``; arrays as mappings from source names."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over :meth:`state_dict` of a strategy of the same class that was :meth:`reset` with the same
-        sources."""
+        """Take over :meth:`state_dict` of a strategy of the same class, right after :meth:`reset`.
+
+        With the same sources it continues exactly. Where sources were added or retired since, those that stay keep
+        what is known of them, and new ones begin without a preference.
+        """

@@ -45,6 +45,7 @@ class PlanMixture:
         self.seq_len = seq_len
         self.lag = lag
         self.consumed = 0
+        self.allow_source_changes = False
 
     @property
     def source_names(self) -> tuple[str, ...]:

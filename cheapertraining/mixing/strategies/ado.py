@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cheapertraining.mixing.signals import LOSSES, Array, Signals, SourceInfo
-from cheapertraining.mixing.strategies.base import by_name, from_names
+from cheapertraining.mixing.strategies.base import by_name, from_names, weights_from_names
 
 __all__ = ["ADOStrategy", "fit_law"]
 
@@ -70,8 +70,7 @@ class ADOStrategy:
         self._remember(signals, came, batches)
         if len(self._places) < _FEWEST:
             return None
-        laws = [fit_law(np.array(self._places), losses) for losses in np.array(self._losses).T]
-        slopes = np.array([_slope(law, float(signals.batch)) for law in laws])
+        slopes = self._slopes(float(signals.batch))
         pull = self._prior * np.sqrt(self._recent) * slopes
         if not (np.isfinite(pull).all() and pull.sum() > 0):
             return None
@@ -81,6 +80,16 @@ class ADOStrategy:
         share = batches / (signals.batch + 1)
         self._average = (1 - share) * self._average + share * instant
         return np.asarray(wish)
+
+    def _slopes(self, batch: float) -> Array:
+        """Of each source's law; a source that has come too late for one has the mean slope of the others."""
+        places, slopes = np.array(self._places), []
+        for losses in np.array(self._losses).T:
+            known = np.isfinite(losses)
+            enough = int(known.sum()) >= _FEWEST
+            slopes.append(_slope(fit_law(places[known], losses[known]), batch) if enough else np.nan)
+        found = np.array(slopes)
+        return np.where(np.isfinite(found), found, np.mean(found[np.isfinite(found)]))
 
     def _remember(self, signals: Signals, came: Array, batches: int) -> None:
         """A point on each source's curve; a source that did not come keeps its last loss, or gets the mean one."""
@@ -110,12 +119,13 @@ class ADOStrategy:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._average, self._recent, self._tokens = (
-            from_names(self._names, state[key]) for key in ("average", "recent", "tokens")
+        self._average, self._recent = (
+            weights_from_names(self._names, state[key], self._prior) for key in ("average", "recent")
         )
+        self._tokens = from_names(self._names, state["tokens"], new=0.0)
         self._batch = int(state["batch"])
         self._places = [float(place) for place in state["places"]]
-        self._losses = [from_names(self._names, losses) for losses in state["losses"]]
+        self._losses = [from_names(self._names, losses, new=np.nan) for losses in state["losses"]]
 
 
 def fit_law(places: Array, losses: Array) -> Array:

@@ -26,7 +26,7 @@ import numpy as np
 
 from cheapertraining.errors import UserError
 from cheapertraining.mixing.signals import PROBE_LOSSES, Array, ProbeReading, Signals, SourceInfo
-from cheapertraining.mixing.strategies.base import by_name, exponentiated, from_names
+from cheapertraining.mixing.strategies.base import by_name, exponentiated, from_names, weights_from_names
 from cheapertraining.mixing.strategies.sweep import Sweep, permuted
 
 __all__ = ["AioliStrategy"]
@@ -127,7 +127,11 @@ class AioliStrategy:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._weights = from_names(self._names, state["weights"])
+        """With other sources, a sweep begins at once: what was learnt says nothing of the new ones."""
+        self._weights = weights_from_names(self._names, state["weights"], self._start)
         self._gains = None if state["gains"] is None else from_names(self._names, state["gains"])
         self._sweeps, self._held = int(state["sweeps"]), int(state["held"])
+        if state["weights"].keys() != set(self._names):
+            self._sweep, self._held = None, self.hold
+            return
         self._sweep = None if state["sweep"] is None else Sweep.of(state["sweep"], self._names)

@@ -58,6 +58,7 @@ import numpy as np
 from cheapertraining.errors import UserError, nearest
 from cheapertraining.influence.scorers import SourceInfluence
 from cheapertraining.mixing.signals import INFLUENCE, Array, Signals, SourceInfo
+from cheapertraining.mixing.strategies.base import from_names
 
 __all__ = ["InfluenceStrategy"]
 
@@ -120,7 +121,8 @@ class InfluenceStrategy:
     def reset(self, sources: Sequence[SourceInfo], prior: Array, horizon_tokens: int) -> None:
         self._names = tuple(source.name for source in sources)
         self._prior = prior
-        self._updates = 0
+        # Measurements of each source: one that was added between runs has fewer behind it.
+        self._updates = np.zeros(len(prior))
         # Moving averages that started at 0: of the scores, of their squared errors, and the variance of the
         # first.
         self._mean = np.zeros(len(prior))
@@ -184,9 +186,9 @@ class InfluenceStrategy:
         agreement = float((predicted - predicted.mean()) @ (realized - realized.mean()))
         return noisy or agreement <= 0
 
-    def _centred(self, scores: Array, errors: Array, samples: int, weights: Array) -> tuple[Array, Array, float]:
+    def _centred(self, scores: Array, errors: Array, samples: int, weights: Array) -> tuple[Array, Array, Array]:
         """Take in a measurement; return centred mean scores, their variances, and the latter's d.o.f."""
-        self._updates += 1
+        self._updates = self._updates + 1
         keep, take = self.ema, 1 - self.ema
         total = 1 - keep**self._updates
         squares = take / (1 + keep) * (1 - keep ** (2 * self._updates))
@@ -200,13 +202,15 @@ class InfluenceStrategy:
         self._variance = keep**2 * self._variance + take**2 * moderated
         mean, spread = self._mean / total, self._variance / total**2
         variance = (1 - 2 * weights) * spread + float(weights**2 @ spread)
-        return mean - float(weights @ mean), variance, own_dof + min(_PRIOR_DOF, (len(scores) - 1) * own_dof)
+        dof = own_dof + np.minimum(_PRIOR_DOF, (len(scores) - 1) * own_dof)
+        return mean - float(weights @ mean), variance, dof
 
-    def _z_squared(self, dof: float) -> float:
-        looks = max(1.0, self._updates * (1 - self.ema))
-        z = math.sqrt(self.threshold**2 + 2 * math.log(len(self._names) * looks))
+    def _z_squared(self, dof: Array) -> Array:
+        """By source, ``[K]``."""
+        looks = np.maximum(1.0, self._updates * (1 - self.ema))
+        z = np.sqrt(self.threshold**2 + 2 * np.log(len(self._names) * looks))
         exponent = (z * (8 * dof + 3) / (8 * dof + 1)) ** 2 / dof
-        return dof * math.expm1(min(exponent, _LARGEST_EXPONENT))
+        return np.asarray(dof * np.expm1(np.minimum(exponent, _LARGEST_EXPONENT)))
 
     def state_dict(self) -> dict[str, Any]:
         def by_name(values: Array) -> dict[str, float]:
@@ -214,7 +218,7 @@ class InfluenceStrategy:
 
         return {
             "version": _VERSION,
-            "updates": self._updates,
+            "updates": by_name(self._updates),
             "mean": by_name(self._mean),
             "error2": by_name(self._error2),
             "variance": by_name(self._variance),
@@ -223,11 +227,14 @@ class InfluenceStrategy:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        def array(key: str) -> Array:
-            return np.array([float(state[key][name]) for name in self._names])
-
-        self._updates = int(state["updates"])
-        self._mean, self._error2, self._variance = array("mean"), array("error2"), array("variance")
+        """A new source has no measurement behind it, and its weight moves once its own scores are beyond doubt."""
+        updates = state["updates"]
+        if not isinstance(updates, Mapping):  # Checkpoints from before sources could change: one count for all.
+            updates = dict.fromkeys(state["mean"], updates)
+        self._updates, self._mean, self._error2, self._variance = (
+            from_names(self._names, values, new=0.0)
+            for values in (updates, state["mean"], state["error2"], state["variance"])
+        )
         # Checkpoints from before these options have neither.
         self._urgency = dict(state.get("urgency", {}))
         self._looks = [(float(predicted), float(realized)) for predicted, realized in state.get("looks", [])]

@@ -120,12 +120,19 @@ class SkillItStrategy:
     def state_dict(self) -> dict[str, Any]:
         return {
             "version": _VERSION,
+            "sources": list(self._names),
             "graph": self._learnt,
             "sweep": None if self._sweep is None else self._sweep.state_dict(self._names),
             "losses": [dict(past) for past in self._losses],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._learnt = self.graph or state["graph"]
-        self._sweep = None if state["sweep"] is None else Sweep.of(state["sweep"], self._names)
+        """With new sources, a graph that was learnt is learnt anew; without some old ones, the rest of it holds."""
         self._losses = [dict(past) for past in state["losses"]]
+        # Checkpoints from before sources could change do not name them.
+        before = set(state.get("sources", self._names))
+        if not before >= set(self._names):
+            return
+        self._learnt = self.graph or state["graph"]
+        if state["sweep"] is not None and before == set(self._names):
+            self._sweep = Sweep.of(state["sweep"], self._names)
