@@ -67,6 +67,8 @@ class SourceConfig:
     remote: str | None = None
     max_epochs: Positive | None = None
     """No more passes than this over the source, whatever its weight."""
+    from_batch: Annotated[int, between(0)] = 0
+    """First batch that may have samples of it; the others share its weight until then."""
 
 
 @dataclass
@@ -750,8 +752,14 @@ def _origin(key: str, layers: _Layers) -> str:
 
 # ---- checks across keys ------------------------------------------------------------------------------------
 def check_batch_size(config: RunConfig, world_size: int) -> None:
-    """Raise a UserError where the global batch cannot be split evenly over ``world_size`` processes."""
+    """Raise a UserError where the global batch cannot be split evenly over ``world_size`` processes.
+
+    Those that tensor parallelism cuts a layer over count as one.
+    """
     size = config.train_loader.global_batch_size
+    if (tensor := config.parallelism.tp) is not None:
+        degree = tensor.tensor_parallel_degree
+        world_size = 1 if degree == -1 else max(1, world_size // degree)
     if size % world_size:
         below = size - size % world_size
         fitting = f"{below} or {below + world_size}" if below else str(world_size)

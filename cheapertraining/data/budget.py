@@ -119,6 +119,7 @@ def mixture_budget(
         seed=0,
         on_exhaustion=data.on_exhaustion,
         max_epochs={name: source.max_epochs for name, source in data.sources.items()},
+        from_batches={name: source.from_batch for name, source in data.sources.items()},
         shuffle_block_size=data.shuffle_block_size,
     )
     warnings: list[str] = []

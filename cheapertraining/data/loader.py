@@ -123,6 +123,7 @@ def get_loader(
         seed=seed,
         on_exhaustion=data.on_exhaustion,
         max_epochs=max_epochs,
+        from_batches={name: source.from_batch for name, source in data.sources.items()},
         shuffle_block_size=data.shuffle_block_size,
     )
     mixture = MixedDataset(store, plan, lag=lag, max_epochs=max_epochs, allow_source_changes=allow_source_changes)

@@ -96,6 +96,7 @@ class MixturePlan:
             ``renormalize`` drops such a source and gives its weight to the others.
         max_epochs: caps on the passes over a source (fractions allowed), by name. At its cap a source is dropped
             and the others are renormalized (``stop``: the plan ends).
+        from_batches: first batch that may have samples of a source, by name; the others are renormalized until then.
         shuffle_block_size: samples of a source that are shuffled together (whole shards, at least this many samples).
 
     Raises:
@@ -111,6 +112,7 @@ class MixturePlan:
         seed: int,
         on_exhaustion: str = "cycle",
         max_epochs: Mapping[str, float | None] | None = None,
+        from_batches: Mapping[str, int] | None = None,
         shuffle_block_size: int = 1 << 16,
     ) -> None:
         if on_exhaustion not in EXHAUSTION_POLICIES:
@@ -128,6 +130,7 @@ class MixturePlan:
         self._orders = [SourceOrder(name, sizes, seed, shuffle_block_size) for name, sizes in shard_sizes.items()]
         self.sizes: Int64 = np.array([order.size for order in self._orders], np.int64)
         self._caps = self._sample_caps(max_epochs or {})
+        self._appear = self._appearances(from_batches or {})
         self._slot_orders: OrderedDict[int, Int64] = OrderedDict()
         self._first = 0
         self._horizon = 0
@@ -310,18 +313,18 @@ class MixturePlan:
         self._segments = [self._new_segment(self._first, drawn)]
 
     def _new_segment(self, start: int, drawn: Int64, counts: Int64 | None = None) -> _Segment:
-        return _Segment(
-            start, self._effective(self._requested(start), drawn), drawn, counts, (start, drawn), (start, drawn)
-        )
+        weights = self._effective(self._requested(start), drawn, start)
+        return _Segment(start, weights, drawn, counts, (start, drawn), (start, drawn))
 
     def _requested(self, batch: int) -> Int64:
         starts = [start for start, _ in self._ledger]
         return self._ledger[max(bisect_right(starts, batch) - 1, 0)][1]
 
-    def _effective(self, requested: Int64, drawn: Int64) -> Int64:
-        """``requested`` without the sources at their cap, scaled up again to 2**32; ``stop``: then nothing."""
-        left = np.where(drawn < self._caps, requested, 0)
-        if self.on_exhaustion == "stop" and (left != requested).any():
+    def _effective(self, requested: Int64, drawn: Int64, batch: int) -> Int64:
+        """``requested`` without the sources at their cap or still to come, scaled up again to 2**32; ``stop``: nothing
+        where one is at its cap."""
+        left = np.where((drawn < self._caps) & (self._appear <= batch), requested, 0)
+        if self.on_exhaustion == "stop" and ((drawn >= self._caps) & (requested > 0)).any():
             return np.zeros_like(requested)
         return left if left.sum() in (0, WEIGHT_TOTAL) else _apportion_total(left.astype(np.float64))
 
@@ -341,7 +344,8 @@ class MixturePlan:
         """The segment after ``last`` if it starts at or before ``batch``."""
         if last.counts is not None:
             return self._new_segment(last.start + 1, last.drawn + last.counts) if last.start < batch else None
-        change = next((start for start, _ in self._ledger if start > last.start), None)
+        changes = [*(start for start, _ in self._ledger), *self._appear.tolist()]
+        change = min((start for start in changes if start > last.start), default=None)
         until = batch + 1 if change is None else min(change, batch + 1)
         if not last.weights.any():
             return None
@@ -373,7 +377,7 @@ class MixturePlan:
     def _crossing_segment(self, batch: int, drawn: Int64, counts: Int64) -> _Segment:
         """The batch in which a source runs out: what it lacks comes from the others, or the plan ends (``stop``)."""
         room = self._caps - drawn
-        weights = self._effective(self._requested(batch), drawn)
+        weights = self._effective(self._requested(batch), drawn, batch)
         taken = np.minimum(counts, room)
         while (lacking := self.global_batch_size - int(taken.sum())) and self.on_exhaustion != "stop":
             open_weights = np.where(taken < room, weights, 0)
@@ -431,15 +435,25 @@ class MixturePlan:
             caps.append(np.iinfo(np.int64).max if math.isinf(epochs) else int(epochs * size))
         return np.array(caps, np.int64)
 
+    def _appearances(self, from_batches: Mapping[str, int]) -> Int64:
+        for name, batch in from_batches.items():
+            if name not in self.sources:
+                raise UserError(f"from_batch: no source is named '{name}'.{nearest(name, self.sources)}")
+            if batch < 0:
+                raise UserError(f"from_batch of source '{name}': expected at least 0, found {batch}.")
+        return np.array([from_batches.get(name, 0) for name in self.sources], np.int64)
+
     def _named(self, weights: Int64) -> dict[str, float]:
         return dict(zip(self.sources, (weights / WEIGHT_TOTAL).tolist(), strict=True))
 
     def _exhausted_message(self, batch: int, drawn: Int64) -> str:
         requested = self._requested(batch)
-        weights = self._effective(requested, drawn)
+        weights = self._effective(requested, drawn, batch)
         wanted = self._apportion(weights, np.array([batch]))[0] if weights.any() else np.zeros_like(drawn)
         ended = (requested > 0) & (drawn + wanted >= self._caps)
         names = ", ".join(name for name, used_up in zip(self.sources, ended, strict=True) if used_up)
+        if not names:
+            return f"no source with a weight has come by batch {batch}. Let one of them begin earlier (from_batch)."
         return (
             f"on_exhaustion '{self.on_exhaustion}': no further batch can be drawn; used up: {names}. "
             "Shorten max_duration, raise max_epochs, or set data.on_exhaustion to 'cycle'."

@@ -32,6 +32,7 @@ class PlanMixture:
         lag: int = 8,
         max_epochs: Mapping[str, float | None] | None = None,
         on_exhaustion: str = "cycle",
+        from_batches: Mapping[str, int] | None = None,
     ) -> None:
         self.max_epochs: dict[str, float | None] = {name: (max_epochs or {}).get(name) for name in sizes}
         self.plan = MixturePlan(
@@ -41,6 +42,7 @@ class PlanMixture:
             seed=0,
             max_epochs=self.max_epochs,
             on_exhaustion=on_exhaustion,
+            from_batches=from_batches,
         )
         self.seq_len = seq_len
         self.lag = lag

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from cheapertraining.config import load_run_config
-from cheapertraining.data.plan import MixturePlan, carried_over
+from cheapertraining.data.plan import Exhausted, MixturePlan, carried_over
 from cheapertraining.errors import UserError
 from cheapertraining.influence.scorers.gram import SourceGradients
 from cheapertraining.mixing import (
@@ -135,20 +135,25 @@ def decide(controller: MixtureController, mixture: PlanMixture, batches: int, se
         influence = measured(
             names, rng.standard_normal((1, len(names))), np.full((1, len(names)), 0.2), changes=rng.standard_normal(1)
         )
-        controller.step(
-            mixture.consumed,
-            influence if controller.needs_influence else None,
-            1e-3,
-            gradients=SourceGradients(names, gram, 0 * gram, np.diag(gram), ones, 4, 0.0),
-            probe_losses=ProbeReading(("p", "q"), np.full(2, 0.5), 2 + rng.random(2)),
-        )
+        if controller.due(mixture.consumed):
+            controller.step(
+                mixture.consumed,
+                influence if controller.needs_influence else None,
+                1e-3,
+                gradients=SourceGradients(names, gram, 0 * gram, np.diag(gram), ones, 4, 0.0),
+                probe_losses=ProbeReading(("p", "q"), np.full(2, 0.5), 2 + rng.random(2)),
+            )
         course.append(mixture.get_current_weights())
     return course
 
 
+def interval_of(strategy: Strategy) -> int:
+    return 3 if strategy.name == "ado" else 1  # Its fits take long.
+
+
 def started(strategy: Strategy, shards: dict[str, list[int]]) -> tuple[MixtureController, PlanMixture]:
     mixture = mixture_of(shards)
-    controller = MixtureController(mixture, strategy, Constraints(floor=0.02), 1, 1, 10**5)
+    controller = MixtureController(mixture, strategy, Constraints(floor=0.02), interval_of(strategy), 1, 10**5)
     return controller, mixture
 
 
@@ -214,6 +219,87 @@ def test_a_new_source_is_not_judged_by_scores_that_it_has_not() -> None:
     mixture.consumed = 20
     controller.step(20, measured(controller.source_names, scores, np.full(3, 0.1)))
     assert mixture.get_current_weights() == pytest.approx(first, abs=1e-6)
+
+
+# ---- within a run --------------------------------------------------------------------------------------------
+def changing(policy: str, *, lag: int = 2) -> PlanMixture:
+    """``c`` comes at batch 10; ``b`` has 24 rows, some ten batches' worth: no horizon is told to save them for."""
+    return PlanMixture(
+        {"a": 200, "b": 24, "c": 90},
+        {"a": 1.0, "b": 1.0, "c": 1.0},
+        batch_size=8,
+        lag=lag,
+        on_exhaustion=policy,
+        max_epochs={"a": 50.0, "b": 1.0, "c": 50.0},
+        from_batches={"c": 10},
+    )
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.name)
+def test_a_source_that_comes_and_one_that_runs_out(strategy: Strategy) -> None:
+    """Right across both changes the weights are finite, no cap is passed, and resumed runs are the undisturbed one."""
+
+    def begun() -> tuple[MixtureController, PlanMixture]:
+        mixture = changing("renormalize")
+        limits = Constraints(floor=0.02, kl_step=0.5)
+        return MixtureController(mixture, strategy, limits, interval_of(strategy), 1, horizon_tokens=1), mixture
+
+    controller, mixture = begun()
+    controller.start()
+    course: list[dict[str, float]] = []
+    saved: dict[int, Any] = {}
+    for batch in range(40):
+        if batch in (9, 25):
+            saved[batch] = json.dumps({"c": controller.state_dict(), "p": mixture.plan.state_dict(batch)})
+        course += decide(controller, mixture, 1, seed=batch)
+    counts = mixture.plan.counts_before(40)
+    assert mixture.plan.counts_before(10)[2] == 0
+    assert counts[2] > 0
+    assert counts[1] == 24
+    assert min(min(weights.values()) for weights in course) >= 0
+    for stop, text in saved.items():
+        controller, mixture = begun()
+        state = json.loads(text)
+        mixture.plan.load_state_dict(state["p"])
+        mixture.consumed = stop
+        controller.load_state_dict(state["c"])
+        again: list[dict[str, float]] = []
+        for batch in range(stop, 40):
+            again += decide(controller, mixture, 1, seed=batch)
+        assert again == course[stop:]
+        assert mixture.plan.counts_before(40).tolist() == counts.tolist()
+
+
+def test_a_source_that_runs_out_ends_a_run_that_is_to_stop() -> None:
+    mixture = changing("stop")
+    controller = MixtureController(mixture, ODMStrategy(), Constraints(floor=0.02), 1, 1, horizon_tokens=1)
+    with pytest.raises(Exhausted, match="used up: b"):
+        decide(controller, mixture, 100, seed=0)
+    assert 3 < mixture.consumed < 40
+    assert controller.history[-1].batch == mixture.consumed
+
+
+def test_a_source_that_comes_takes_its_weight_from_its_batch_on() -> None:
+    plan = plan_of(OLD, {"a": 1.0, "b": 1.0, "c": 2.0}, from_batches={"c": 5})
+    assert plan.weights_at(4) == pytest.approx({"a": 0.5, "b": 0.5, "c": 0.0})
+    assert plan.weights_at(5) == pytest.approx({"a": 0.25, "b": 0.25, "c": 0.5})
+    assert plan.newest_weights()["c"] == 0.5
+    straight = drawn(plan, 0, 12)
+    for stop in (3, 5, 8):
+        other = plan_of(OLD, {"a": 1.0, "b": 1.0, "c": 2.0}, from_batches={"c": 5})
+        other.load_state_dict(json.loads(json.dumps(plan.state_dict(stop))))
+        first = drawn(plan_of(OLD, {"a": 1.0, "b": 1.0, "c": 2.0}, from_batches={"c": 5}), 0, stop)
+        rest = drawn(other, stop, 12)
+        assert {name: first[name] + rest[name] for name in rest} == straight
+    # Weights set before it comes hold for it too, and stop is about sources that end, not about such as begin.
+    plan = plan_of(OLD, from_batches={"c": 9}, on_exhaustion="stop")
+    plan.set_weights(3, {"a": 1.0, "c": 3.0})
+    assert plan.weights_at(3) == {"a": 1.0, "b": 0.0, "c": 0.0}
+    assert plan.weights_at(9)["c"] == 0.75
+    with pytest.raises(Exhausted, match="no source with a weight has come by batch 0"):
+        plan_of(OLD, {"c": 1.0}, from_batches={"c": 5}).plan(0)
+    with pytest.raises(UserError, match="from_batch: no source is named 'd'"):
+        plan_of(OLD, from_batches={"d": 5})
 
 
 # ---- a whole run ---------------------------------------------------------------------------------------------

@@ -92,8 +92,8 @@ class ADOStrategy:
         return np.where(np.isfinite(found), found, np.mean(found[np.isfinite(found)]))
 
     def _remember(self, signals: Signals, came: Array, batches: int) -> None:
-        """A point on each source's curve; a source that did not come keeps its last loss, or gets the mean one."""
-        before = self._losses[-1] if self._losses else np.full(len(came), signals.losses[came].mean())
+        """A point on each source's curve; a source that did not come keeps its last loss, if it has ever come."""
+        before = self._losses[-1] if self._losses else np.full(len(came), np.nan)
         # In the middle of the batches that the mean is over.
         self._places.append((self._batch + signals.batch) / 2)
         self._losses.append(np.where(came, signals.losses, before))
