@@ -39,8 +39,8 @@ def draw(log_probs: torch.Tensor, numbers: NDArray[np.float64]) -> tuple[NDArray
     Returns:
         ids and how often each was drawn, int64 ``[N, R]``; entries with count 0 are empty.
     """
-    mass = log_probs.double().exp().cumsum(dim=1)
-    wanted = torch.from_numpy(numbers).to(mass.device) * mass[:, -1:]
+    mass = log_probs.exp().cumsum(dim=1)
+    wanted = torch.from_numpy(numbers).to(mass) * mass[:, -1:]
     # right: never a token without mass, whose step has no height.
     ids = torch.searchsorted(mass, wanted, right=True).clamp(max=mass.shape[1] - 1).cpu().numpy()
     starts = np.ones(ids.shape, bool)

@@ -156,7 +156,7 @@ def pack_top(
     logs = np.concatenate([log_probs[present], log_tail[present, None]], axis=1)
     halves = np.maximum(logs, _FLOOR).astype("<f2")
     body = np.concatenate([packed.reshape(rows, -1), halves.view(np.uint8).reshape(rows, -1)], axis=1)
-    return present.astype(np.uint8).tobytes() + body.tobytes()
+    return bytes(present.astype(np.uint8)) + bytes(body.data)
 
 
 def _low_bytes(values: NDArray[np.uint32], width: int) -> bytes:
