@@ -211,16 +211,20 @@ class _Run:
         total = self.cross * cross_entropy.sum() + (self.share.squeeze(1) * divergence).sum()
         statistics = self._statistics(cross_entropy, divergence) if self.sums.others else None
         mean = (self.weights * divergence).sum() * self.inverse
-        return DistillationLoss(total, cross_entropy.sum() * self.inverse, mean, self.mask.sum(), statistics)
+        spread = self._spread(cross_entropy)
+        return DistillationLoss(total, cross_entropy.sum() * self.inverse, mean, self.mask.sum(), statistics, spread)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """Numbers of the counted positions at their places, float32 ``[B, S]``."""
+        empty = torch.zeros(self.mask.numel(), device=self.index.device)
+        return empty.index_copy(0, self.index, values.float()).view(self.mask.shape)
 
     def _statistics(self, cross_entropy: Tensor, divergence: Tensor) -> Statistics:
         found = {name: torch.cat([block[name] for block in self.sums.others]) for name in self.sums.others[0]}
         found["cross_entropy"] = cross_entropy
         if self.targets is not None:
             found["divergence"] = divergence
-        empty = torch.zeros(self.mask.numel(), device=self.index.device)
-        spread = {name: empty.index_copy(0, self.index, values.float()) for name, values in found.items()}
-        return Statistics(**{name: values.view(self.mask.shape) for name, values in spread.items()})
+        return Statistics(**{name: self._spread(values) for name, values in found.items()})
 
 
 class _Accumulator:

@@ -146,5 +146,12 @@ class Divergence:
         """Derivative of :meth:`value` by each ``log_q``, ``[..., outcomes]``."""
         return _FORMS[self.name][1](log_p, log_q, self.weight or 0.0)
 
+    def value_and_slope(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, of forward KL at the cost of one exponential."""
+        if self.name != "forward_kl":
+            return self.value(log_p, log_q), self.slope(log_p, log_q)
+        p = log_p.exp()
+        return (p * (log_p - log_q)).sum(dim=-1), p.neg_()
+
 
 FORWARD_KL = Divergence()

@@ -107,9 +107,8 @@ def _top_k(
     normalizer = outcomes.logsumexp(dim=-1, keepdim=True)
     log_q = outcomes.sub_(normalizer).clamp_(min=FLOOR)
     log_p = bucketed(targets, logits.dtype)
-    divergences = objective.divergence.value(log_p, log_q)
+    divergences, slope = objective.divergence.value_and_slope(log_p, log_q)
     if objective.gradient:
-        slope = objective.divergence.slope(log_p, log_q)
         inner = share * slope + log_q.exp() * (cross - share * slope.sum(dim=-1, keepdim=True))
         logits.mul_(inner[:, -1:] / mass.clamp(min=torch.finfo(logits.dtype).tiny))
         logits.scatter_(1, ids, inner[:, :-1])
@@ -125,9 +124,9 @@ def _dense(
     log_p = log_softmax(teacher / objective.temperature if objective.temperature != 1 else teacher)
     log_q = log_softmax(logits)
     losses = -log_q.gather(1, at).squeeze(1)
-    divergences = objective.divergence.value(log_p, log_q)
+    divergences, slope = objective.divergence.value_and_slope(log_p, log_q)
     if objective.gradient:
-        slope = objective.divergence.slope(log_p, log_q).mul_(share)
+        slope.mul_(share)
         torch.addcmul(slope, log_q.exp_(), cross - slope.sum(dim=-1, keepdim=True), out=logits)
         logits.scatter_add_(1, at, -cross.expand(len(at), 1))
     return losses, divergences

@@ -67,6 +67,8 @@ class DistillationLoss:
             is above the KL by the teacher's entropy. 0 without targets.
         tokens: int64 scalar, how many positions count.
         statistics: where they were asked for.
+        cross_entropies: position by position, float32 ``[B, S]``, detached, 0 where no loss counts; from
+            :func:`~cheapertraining.distillation.chunked.chunked_distillation_loss` only.
     """
 
     total: Tensor
@@ -74,6 +76,7 @@ class DistillationLoss:
     divergence: Tensor
     tokens: Tensor
     statistics: Statistics | None = None
+    cross_entropies: Tensor | None = None
 
 
 def next_labels(labels: Tensor) -> Tensor:
