@@ -111,7 +111,7 @@ def _metas(job: CacheJob, sets: Sequence[ShardSet]) -> list[CacheMeta]:
                 f"{shard_set.folder}: expected token ids below the teacher's vocabulary of {teacher.vocabulary}, found "
                 f"shards of {shard_set.meta.vocab_size}. Use a teacher of the same tokenizer."
             )
-        teacher.check_student(teacher.vocabulary, shard_set.meta.seq_len)
+        teacher.check_context(shard_set.meta.seq_len)
     fingerprint, vocabulary = teacher.fingerprint(), teacher.vocabulary
     sampled = job.kind == "sampled"
     size = job.size or (50 if sampled else 12)

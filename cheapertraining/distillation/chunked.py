@@ -43,7 +43,7 @@ __all__ = ["chunked_distillation_loss"]
 # Logits of a chunk, and of the block of it that elementwise work is done on. On a CPU a block stays in the cache, where
 # ten passes over it cost less than three over memory; a GPU wants few and large kernels.
 CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}
-BLOCK = {"cpu": 1 << 17, "cuda": 1 << 27}
+BLOCK = {"cpu": 1 << 18, "cuda": 1 << 27}
 
 
 def chunked_distillation_loss(

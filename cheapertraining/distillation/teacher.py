@@ -27,7 +27,7 @@ from cheapertraining.models.causal_lm import CausalLM, HeadInputs, attention_for
 from cheapertraining.models.saved import load_checkpointed
 
 if TYPE_CHECKING:
-    from composer.utils.parallelism import FSDP2Config
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["DTYPES", "Quantization", "TeacherWrapper", "check_head", "head_of"]
 
@@ -132,21 +132,24 @@ class TeacherWrapper(nn.Module):
         """SHA-256 over its weights."""
         return model_fingerprint(self.model.model)
 
-    def check_student(self, vocabulary: int, seq_len: int) -> None:
-        """Refuse to teach a student that it does not fit.
-
-        Args:
-            vocabulary: tokens that the student gives logits for.
-            seq_len: tokens in a row.
+    def check_vocabulary(self, vocabulary: int) -> None:
+        """Refuse a student that gives logits for another number of tokens.
 
         Raises:
-            UserError: the teacher has more tokens, or takes shorter rows.
+            UserError: it does.
         """
         if self.vocabulary != vocabulary:
             raise UserError(
                 f"teacher {self.name}: expected the student's vocabulary of {vocabulary}, found {self.vocabulary}. Use "
                 "a teacher of the same tokenizer (model.vocab_size makes room for its padding)."
             )
+
+    def check_context(self, seq_len: int) -> None:
+        """Refuse rows that are longer than the teacher takes.
+
+        Raises:
+            UserError: they are.
+        """
         limit = self.model.max_positions
         if limit is not None and limit < seq_len:
             raise UserError(
@@ -154,11 +157,18 @@ class TeacherWrapper(nn.Module):
                 f"{limit}. Use shorter rows or another teacher."
             )
 
-    def shard(self, config: FSDP2Config, precision: str) -> None:
-        """Spread its weights over the ranks as the student's (FSDP2). Call :meth:`reshard` after each use."""
-        from composer.distributed.prepare_distributed import parallelize_model
+    def shard(self, mesh: DeviceMesh, precision: str) -> None:
+        """Spread its weights over the ranks as the student's are (FSDP2). Call :meth:`reshard` after each use.
 
-        parallelize_model(self.model.model, config, precision=precision)
+        Args:
+            mesh: of the student's parameters.
+            precision: the run's, resolved.
+        """
+        from cheapertraining.distributed.fsdp2 import shard_with_fsdp2
+
+        names = [name for name in mesh.mesh_dim_names or () if name.startswith("data_parallel")]
+        data = mesh[tuple(names)] if names and len(names) < mesh.ndim else mesh
+        shard_with_fsdp2(self.model.model, self.model.blocks, data, precision=precision)
         self._sharded = True
 
     def reshard(self) -> None:
@@ -169,7 +179,7 @@ class TeacherWrapper(nn.Module):
     def offload(self, device: torch.device) -> None:
         """Keep its weights in main memory; each part goes to ``device`` for as long as it computes."""
         self.model.to("cpu")
-        layers = [module for module in self.model.modules() if getattr(module, "_fsdp_wrap", False)]
+        layers = self.model.blocks
         inside = {id(module) for layer in layers for module in layer.modules()}
         rest = [module for module in self.model.modules() if id(module) not in inside and _own_tensors(module)]
         for part in layers:

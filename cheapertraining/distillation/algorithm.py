@@ -1,0 +1,375 @@
+"""Distillation inside a Composer trainer.
+
+    Trainer(..., algorithms=[Distillation(TeacherWrapper.load("models/teacher"), loader.mixture.source_names)])
+
+For each microbatch the teacher is asked, or its targets are taken from the batch, and the model's loss becomes that of
+:mod:`cheapertraining.distillation.losses`, computed chunk by chunk from hidden states. Losses are means over the tokens
+that count, so that a trainer which weights microbatches and ranks by these tokens (ours does) has the gradient of the
+global batch however it is split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from composer.core import Algorithm, Event, State
+from composer.core.precision import get_precision_context
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor
+
+from cheapertraining.distillation.agreement import AgreementSums
+from cheapertraining.distillation.cached import CachedTeacher
+from cheapertraining.distillation.chunked import chunked_distillation_loss
+from cheapertraining.distillation.divergences import FORWARD_KL, Divergence
+from cheapertraining.distillation.layers import LayerLosses
+from cheapertraining.distillation.losses import shifted_mask
+from cheapertraining.distillation.on_policy import sample_answers
+from cheapertraining.distillation.own_teacher import AdapterOffTeacher, AverageTeacher
+from cheapertraining.distillation.schedules import Ramp
+from cheapertraining.distillation.targets import HiddenTargets, Targets
+from cheapertraining.distillation.teacher import TeacherWrapper, check_head, head_of
+from cheapertraining.errors import UserError, nearest
+from cheapertraining.influence.model_access import unwrap
+from cheapertraining.models.causal_lm import CausalLM, HeadInputs
+
+__all__ = ["Distillation", "OnPolicy", "Placement"]
+
+Placement = Literal["auto", "replicated", "sharded", "offloaded"]
+LiveTeacher = TeacherWrapper | AdapterOffTeacher | AverageTeacher
+Teacher = TeacherWrapper | CachedTeacher | Callable[[CausalLM], AdapterOffTeacher | AverageTeacher]
+
+
+@dataclass(frozen=True)
+class OnPolicy:
+    """Let the student write the answers of some batches itself.
+
+    Attributes:
+        share: of the batches.
+        temperature: of the sampling.
+        eos_id: token that ends an answer; None: answers are as long as the data's.
+        seed: of the choice of batches and of the sampling.
+    """
+
+    share: float
+    temperature: float = 1.0
+    eos_id: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """What the teacher said about the microbatch at hand."""
+
+    targets: Targets
+    inputs: HeadInputs | None
+    states: list[Tensor]
+
+
+class Distillation(Algorithm):
+    """Trains the model towards a teacher.
+
+    Metrics, every ``log_interval`` batches, of the batch just trained on, over all ranks, under ``distillation/``:
+    ``total``, ``cross_entropy``, ``divergence`` (at the temperature, without weights), ``alpha``, ``temperature``, and
+    as far as the targets tell ``agreement`` (top-1), ``kl``, ``teacher_entropy``, ``student_entropy``, ``acceptance``
+    (of the student's drafts in speculative decoding), each also ``…/<source>``; ``hidden`` and ``relations``.
+
+    Args:
+        teacher: a model, a cache, or what makes a teacher of the student: :class:`AdapterOffTeacher`, or
+            ``partial(AverageTeacher, decay=0.999)``.
+        source_names: what the batches' ``source`` int64 ``[B]`` counts in.
+        alpha: share of the divergence in the loss, in [0, 1], or its course over the run.
+        temperature: of both distributions, or its course; of a cache always the one it was made at.
+        divergence: forward KL alone for sampled targets.
+        ramp: how much of a ramp's way is behind at a state, in [0, 1]; default the elapsed share of the run.
+        source_weights: factors of the divergence by source, 1 where none is given.
+        layers: losses on hidden states and relations; for live teachers.
+        on_policy: for live teachers; alpha is 1 in such batches, for what the student wrote is nothing to imitate.
+        placement: of a model: whole on each rank, sharded as the student, or in main memory; ``auto``: as the student.
+        log_interval: batches between two logs.
+        chunk_tokens: see :func:`~cheapertraining.distillation.chunked.chunked_distillation_loss`.
+
+    Raises:
+        UserError: what does not go together; at the start of training, a teacher that does not fit the student.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        source_names: Sequence[str],
+        *,
+        alpha: float | Ramp = 0.9,
+        temperature: float | Ramp = 1.0,
+        divergence: Divergence = FORWARD_KL,
+        ramp: Callable[[State], float] | None = None,
+        source_weights: Mapping[str, float] | None = None,
+        layers: LayerLosses | None = None,
+        on_policy: OnPolicy | None = None,
+        placement: Placement = "auto",
+        log_interval: int = 10,
+        chunk_tokens: int | None = None,
+    ) -> None:
+        self.sources = tuple(source_names)
+        self.alpha = alpha if isinstance(alpha, Ramp) else Ramp(alpha, alpha)
+        self.temperature = temperature if isinstance(temperature, Ramp) else Ramp(temperature, temperature)
+        self.divergence = divergence
+        self.on_policy = on_policy
+        self.placement = placement
+        self.log_interval = log_interval
+        self.chunk_tokens = chunk_tokens
+        self.layers = layers
+        self._ramp = ramp or _elapsed
+        self._given = [teacher]  # in a list: no module of the trainer's may own it
+        self._cached = teacher if isinstance(teacher, CachedTeacher) else None
+        self._live: list[LiveTeacher] = []
+        self._student: list[CausalLM] = []
+        self._restored: Mapping[str, Any] = {}
+        self._heard: _Heard | None = None
+        self._extra: dict[str, Tensor] = {}
+        self._answering = False
+        self._sums: AgreementSums | None = None
+        self._weights = self._source_weights(source_weights or {})
+        self._check(teacher)
+
+    def __repr__(self) -> str:
+        # Composer saves it; without an address it is the same on every rank and in every run.
+        return f"{type(self).__name__}({'cached' if self._cached else 'live'})"
+
+    def match(self, event: Event, state: State) -> bool:
+        del state
+        return event in (
+            Event.FIT_START,
+            Event.BATCH_START,
+            Event.BEFORE_FORWARD,
+            Event.AFTER_LOSS,
+            Event.BATCH_END,
+        )
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        if event == Event.FIT_START:
+            self._begin(state)
+        elif event == Event.BATCH_START:
+            self._answer(state)
+        elif event == Event.BEFORE_FORWARD:
+            self._listen(state)
+        elif event == Event.AFTER_LOSS:
+            self._student[0].objective = None
+            self._heard = None
+            for teacher in self._live:
+                teacher.reshard()
+        else:
+            self._end_batch(state, logger)
+
+    @property
+    def layers_needed(self) -> bool:
+        """Whether the states of all layers are needed."""
+        return self.layers is not None and self.layers.hidden is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if not self._student:  # before training
+            return {**state, **self._restored}
+        average = self._average()
+        state["average"] = {} if average is None else average.state_dict()
+        state["layers"] = {} if self.layers is None else self.layers.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = False) -> None:
+        """Go on with the averaged teacher and the learnt map of :meth:`state_dict`, when training starts."""
+        del strict
+        self._restored = {key: state[key] for key in ("average", "layers") if key in state}
+        self._student.clear()
+
+    # ---- what is asked of the teacher ----------------------------------------------------------------------
+    def _begin(self, state: State) -> None:
+        """The student is only now what it is trained as (sharded, perhaps)."""
+        student = unwrap(state.model)
+        if self._student and self._student[0] is student:
+            return  # fit goes on
+        if not isinstance(student, CausalLM):
+            raise UserError(f"distillation: expected a CausalLM of ours as the model, found {type(student).__name__}.")
+        if getattr(student, "vocabulary_group", None) is not None:
+            raise UserError(
+                "distillation: the output head is split over ranks by tensor parallelism, which the loss does not "
+                "know. Train without parallelism.tp."
+            )
+        check_head(student, "distillation: the student")
+        self._student[:] = [student]
+        device = state.device.tensor_to_device(torch.zeros(())).device
+        self._weights = self._weights.to(device)
+        self._sums = AgreementSums(self.sources, device)
+        vocabulary = int(student.model.config.vocab_size)
+        teacher = self._given[0]
+        if isinstance(teacher, CachedTeacher):
+            if teacher.vocabulary != vocabulary:
+                raise UserError(
+                    f"distillation.cache: expected targets over the student's vocabulary of {vocabulary}, found "
+                    f"{teacher.vocabulary}. Use a teacher of the same tokenizer (model.vocab_size makes room)."
+                )
+        elif isinstance(teacher, TeacherWrapper):
+            teacher.check_vocabulary(vocabulary)
+            if not self._live:
+                self._place(teacher, student, state, device)
+                self._live.append(teacher)
+        else:
+            self._live[:] = [teacher(student)]
+        if self.layers is not None:
+            self.layers.begin(student, self._live[0].model)
+            self.layers.load_state_dict(self._restored.get("layers", {}))
+        average = self._average()
+        if average is not None and self._restored.get("average"):
+            average.load_state_dict(self._restored["average"])
+        self._restored = {}
+
+    def _place(self, teacher: TeacherWrapper, student: CausalLM, state: State, device: torch.device) -> None:
+        mesh = getattr(next(student.parameters()), "device_mesh", None)
+        where = self.placement if self.placement != "auto" else "replicated" if mesh is None else "sharded"
+        if where == "sharded":
+            if mesh is None:
+                raise UserError(
+                    "distillation.teacher.placement: expected a student that FSDP2 shards, found one that is whole on "
+                    "each rank. Use compose.distributed=fsdp2, or placement=replicated."
+                )
+            teacher.to(device)
+            teacher.shard(mesh, str(state.precision.value))
+        elif where == "offloaded":
+            teacher.offload(device)
+        else:
+            teacher.to(device)
+
+    def _answer(self, state: State) -> None:
+        """Replace the answers of the batch by the student's own, if it is this batch's turn: on all ranks or none."""
+        self._answering = False
+        if self.on_policy is None:
+            return
+        settings, batch = self.on_policy, int(state.timestamp.batch)
+        turn = torch.Generator().manual_seed(settings.seed * 1_000_003 + batch)
+        self._answering = bool(torch.rand((), generator=turn) < settings.share)
+        if not self._answering:
+            return
+        device = state.batch["input_ids"].device
+        rank, world = dist.get_global_rank(), dist.get_world_size()
+        drawn = torch.Generator(device).manual_seed((settings.seed * 1_000_003 + batch) * world + rank)
+        with get_precision_context(state.precision, state.precision_config):
+            state.batch = sample_answers(
+                self._student[0],
+                state.batch,
+                temperature=settings.temperature,
+                generator=drawn,
+                eos_id=settings.eos_id,
+            )
+
+    def _listen(self, state: State) -> None:
+        """Hear the teacher about the microbatch that comes, and let the model's loss be ours."""
+        batch = state.batch
+        if self._cached is not None:
+            self._heard = _Heard(self._cached(batch), None, [])
+        else:
+            with get_precision_context(state.precision, state.precision_config):
+                inputs = self._live[0].head_inputs(batch, self.layers_needed)
+            states = [] if self.layers is None else self.layers.heard()
+            self._heard = _Heard(HiddenTargets(inputs.hidden, head_of(inputs)), inputs, states)
+        done = self._ramp(state)
+        self._now = (1.0 if self._answering else self.alpha.at(done), self._temperature_at(done))
+        self._logged = (int(state.timestamp.batch) + 1) % self.log_interval == 0
+        self._student[0].objective = _Objective(self)
+
+    def loss_of(self, inputs: HeadInputs, batch: Mapping[str, Any], outputs: MutableMapping[str, Any]) -> Tensor:
+        """The loss of the microbatch at hand; what :class:`~cheapertraining.models.causal_lm.Objective` asks for."""
+        assert self._heard is not None
+        alpha, temperature = self._now
+        source, mask = batch["source"], shifted_mask(batch["labels"])
+        loss = chunked_distillation_loss(
+            inputs.hidden,
+            head_of(inputs),
+            self._heard.targets,
+            batch["labels"],
+            divergence=self.divergence,
+            temperature=temperature,
+            alpha=alpha,
+            token_weights=self._weights[source] if self._weighted else None,
+            chunk_tokens=self.chunk_tokens,
+            statistics=self._logged,
+        )
+        assert loss.cross_entropies is not None
+        outputs["token_losses"] = loss.cross_entropies
+        # On its own answers the student's cross-entropy says nothing about the source.
+        counts = mask.sum(dim=1) * (not self._answering)
+        outputs["sample_loss_sum"] = loss.cross_entropies.sum(dim=1) * (not self._answering)
+        outputs["sample_tokens"] = counts
+        if self._logged and self._sums is not None:
+            self._sums.add(loss, source, mask)
+        total = loss.total
+        if self.layers is not None and self._heard.inputs is not None:
+            found = self.layers.losses(inputs, self._heard.inputs, self._heard.states, batch, mask)
+            for name, value in found.items():
+                self._extra[name] = value.detach()
+                total = total + value
+        return total
+
+    # ---- after the step ------------------------------------------------------------------------------------
+    def _end_batch(self, state: State, logger: Logger) -> None:
+        if (average := self._average()) is not None:
+            average.update()
+        if self.layers is not None:
+            scaler = state.scaler
+            scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+            self.layers.step(float(state.optimizers[0].param_groups[0]["lr"]), scale)
+        if self._sums is None or int(state.timestamp.batch) % self.log_interval:
+            return
+        found = self._sums.means()
+        if self.divergence.name == "forward_kl" and "agreement" in found:  # sampled targets give no KL
+            found |= {f"kl{name.removeprefix('divergence')}": x for name, x in found.items() if "divergence" in name}
+        found |= {"alpha": self._now[0], "temperature": self._now[1]}
+        found |= {name: float(value) for name, value in self._extra.items()}
+        logger.log_metrics({f"distillation/{name}": value for name, value in found.items()})
+
+    # ---- settings ------------------------------------------------------------------------------------------
+    def _average(self) -> AverageTeacher | None:
+        teacher = self._live[0] if self._live else None
+        return teacher if isinstance(teacher, AverageTeacher) else None
+
+    def _temperature_at(self, done: float) -> float:
+        return self._cached.temperature if self._cached is not None else self.temperature.at(done)
+
+    def _source_weights(self, given: Mapping[str, float]) -> Tensor:
+        for name in given:
+            if name not in self.sources:
+                known = f"{nearest(name, self.sources)} Sources: {', '.join(self.sources)}."
+                raise UserError(f"distillation.source_weights.{name}: no such source.{known}")
+        self._weighted = any(weight != 1 for weight in given.values())
+        return torch.tensor([float(given.get(name, 1.0)) for name in self.sources])
+
+    def _check(self, teacher: Teacher) -> None:
+        if self._cached is None:
+            return
+        for given, key in ((self.layers, "hidden, relations"), (self.on_policy, "on_policy")):
+            if given is not None:
+                raise UserError(f"distillation.{key}: expected a live teacher, found a cache, which cannot give this.")
+        if {self.temperature.first, self.temperature.last} != {self._cached.temperature}:
+            raise UserError(
+                f"distillation.temperature: expected that of the cache, {self._cached.temperature:g}, found "
+                f"{self.temperature.first:g} to {self.temperature.last:g}. Set it so, or write another cache."
+            )
+
+
+class _Objective:
+    """The algorithm, as the model sees it."""
+
+    def __init__(self, algorithm: Distillation) -> None:
+        self._algorithm = algorithm
+
+    @property
+    def layers(self) -> bool:
+        return self._algorithm.layers_needed
+
+    def __call__(self, inputs: HeadInputs, batch: Mapping[str, Any], outputs: MutableMapping[str, Any]) -> Tensor:
+        return self._algorithm.loss_of(inputs, batch, outputs)
+
+
+def _elapsed(state: State) -> float:
+    elapsed = state.get_elapsed_duration()
+    return 0.0 if elapsed is None else float(elapsed.value)
