@@ -35,6 +35,7 @@ from cheapertraining.config import (
     split_duration,
 )
 from cheapertraining.data import Batch, MixtureLoader, TokenizerWrapper, get_loader
+from cheapertraining.distillation.building import build_distillation
 from cheapertraining.errors import UserError
 from cheapertraining.influence import ProbeBank, SourceEstimator
 from cheapertraining.influence.algorithm import InfluenceScores
@@ -328,6 +329,8 @@ def build_algorithms(config: RunConfig, loader: MixtureLoader, folder: Path) -> 
         algorithms.append(build_online_mixing(config, mixing, loader, folder))
     if (scores := config.algorithms.influence_scores) is not None:
         algorithms.append(build_influence_scores(scores, loader))
+    if (distillation := config.algorithms.distillation) is not None:
+        algorithms.append(build_distillation(config, distillation, loader, resolve_device(config)))
     return algorithms
 
 

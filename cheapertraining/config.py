@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DataConfig",
+    "DistillationConfig",
     "InfluenceScoresConfig",
     "ModelConfig",
     "OnlineMixingConfig",
@@ -400,10 +401,96 @@ class InfluenceScoresConfig:
 
 
 @dataclass
+class RampConfig:
+    """A number that goes from one to another, then stays."""
+
+    first: NonNegative
+    last: NonNegative
+    shape: Literal["linear", "cosine"] = "linear"
+
+
+@dataclass
+class TeacherConfig:
+    """Who teaches: another model, the student without its adapters, or an average of what the student was."""
+
+    kind: Literal["model", "adapters_off", "average"] = "model"
+    path: str | None = None
+    """A Hugging Face folder, or a checkpoint (.pt) of a run. With a cache: what it must have been made with."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """null is float32 on CPU and bfloat16 on CUDA."""
+    quantization: Literal["8bit", "4bit"] | None = None
+    """Of the weights, by bitsandbytes; CUDA only."""
+    placement: Literal["auto", "replicated", "sharded", "offloaded"] = "auto"
+    """Whole on each process, sharded as the student, or in main memory; auto is as the student."""
+    decay: Annotated[float, between(0, 0.999999)] = 0.999
+    """Of the average, a step."""
+    trust_remote_code: bool = False
+
+
+@dataclass
+class HiddenMatchConfig:
+    """Draw the states after one decoder layer to the teacher's."""
+
+    weight: Positive = 1.0
+    student_layer: int = -1
+    """From 0, or from the end with -1 the last; likewise below."""
+    teacher_layer: int = -1
+    form: Literal["mse", "cosine"] = "mse"
+
+
+@dataclass
+class RelationMatchConfig:
+    """Draw relations among queries, keys and values of one decoder layer to the teacher's."""
+
+    weight: Positive = 1.0
+    student_layer: int = -1
+    teacher_layer: int = -1
+    heads: Count = 1
+    """A divisor of the widths of queries, keys and values of both."""
+    form: Literal["scaled", "cosine"] = "scaled"
+    temperature: Positive = 1.0
+
+
+@dataclass
+class OnPolicyConfig:
+    """In some batches the student writes the answers itself, a pass for each token: slow."""
+
+    share: Share = 0.25
+    """Of the batches."""
+    temperature: Positive = 1.0
+
+
+@dataclass
+class DistillationConfig:
+    """Learn from a teacher: (1 - alpha) cross-entropy + alpha T^2 divergence from the teacher's distribution."""
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    cache: LocalFolder | None = None
+    """What tools/cache_teacher.py wrote for the shards; no teacher is loaded then."""
+    alpha: Share | RampConfig = 0.9
+    temperature: Positive | RampConfig = 1.0
+    """T; with a cache always that of the cache."""
+    ramp: Span = "1dur"
+    """How long alpha and temperature take where they change."""
+    divergence: Literal[
+        "forward_kl", "reverse_kl", "jensen_shannon", "skew_kl", "skew_reverse_kl", "total_variation"
+    ] = "forward_kl"
+    divergence_weight: Annotated[float, between(1e-6, 1 - 1e-6)] | None = None
+    """Of jensen_shannon (null: 0.5) and the skewed ones (null: 0.1)."""
+    source_weights: dict[str, NonNegative] = field(default_factory=dict)
+    """Factors of the divergence by source, 1 where none is given; sources at 0 need no cache."""
+    hidden: HiddenMatchConfig | None = None
+    relations: RelationMatchConfig | None = None
+    on_policy: OnPolicyConfig | None = None
+    log_interval: Annotated[str, duration("ba")] = "10ba"
+
+
+@dataclass
 class AlgorithmsConfig:
     gradient_clipping: GradientClippingConfig | None = None
     online_mixing: OnlineMixingConfig | None = None
     influence_scores: InfluenceScoresConfig | None = None
+    distillation: DistillationConfig | None = None
 
 
 # ---- callbacks, loggers ------------------------------------------------------------------------------------
@@ -819,6 +906,7 @@ def _problems_between_parts(config: RunConfig) -> Problems:
         problems.append((key, "strategy 'doremi' compares with a reference model: name its folder or checkpoint."))
     if config.algorithms.influence_scores is not None and not config.data.probes:
         problems.append(("data.probes", "influence_scores are towards probes: name at least one."))
+    problems.extend(_distillation_problems(config))
     if mixing is not None and mixing.strategy == "schedule":
         problems.extend(_schedule_problems(mixing.schedule, config.data))
     return problems + _parallelism_problems(config.parallelism)
@@ -838,6 +926,35 @@ def _parallelism_problems(parallelism: ParallelismConfig) -> Problems:
         problems.append(("parallelism.fsdp2.data_parallel_replicate_degree", why))
     if parallelism.async_save and parallelism.state_dict_type == "full":
         problems.append(("parallelism.async_save", "needs parallelism.state_dict_type: sharded."))
+    return problems
+
+
+def _distillation_problems(config: RunConfig) -> Problems:
+    settings, key = config.algorithms.distillation, "algorithms.distillation"
+    if settings is None:
+        return []
+    problems: Problems = []
+    teacher, live = settings.teacher, settings.cache is None
+    if live and teacher.kind == "model" and teacher.path is None:
+        problems.append((f"{key}.teacher.path", "expected a model folder or checkpoint, or a cache. Name one."))
+    if not live and teacher.kind != "model":
+        problems.append((f"{key}.cache", f"a teacher of kind '{teacher.kind}' changes with the student. Use null."))
+    for name in ("hidden", "relations", "on_policy"):
+        if not live and getattr(settings, name) is not None:
+            problems.append((f"{key}.{name}", "needs a live teacher, which a cache is not. Set one to null."))
+    for name in settings.source_weights.keys() - config.data.sources.keys():
+        problems.append((f"{key}.source_weights.{name}", f"no such source.{nearest(name, config.data.sources)}"))
+    if isinstance(settings.alpha, RampConfig) and max(settings.alpha.first, settings.alpha.last) > 1:
+        problems.append((f"{key}.alpha", "expected numbers from 0 to 1."))
+    if isinstance(settings.temperature, RampConfig) and min(settings.temperature.first, settings.temperature.last) <= 0:
+        problems.append((f"{key}.temperature", "expected numbers above 0."))
+    value, unit = split_duration(settings.ramp)
+    if not value or unit not in (split_duration(config.max_duration)[1], "dur"):
+        own = split_duration(config.max_duration)[1]
+        problems.append((f"{key}.ramp", f"expected a length in the unit of max_duration ({own}) or dur."))
+    if config.algorithms.influence_scores is not None:
+        why = "scores are read from the output head's backward pass, which distillation does without. Set one to null."
+        problems.append((f"{key}", why))
     return problems
 
 
