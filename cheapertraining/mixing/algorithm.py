@@ -172,7 +172,10 @@ class OnlineMixing(Algorithm):
             return None
         outputs: Any = state.outputs
         with torch.no_grad():
-            own, _ = token_losses(outputs["logits"].detach(), state.batch["labels"])
+            if "token_losses" in outputs:  # of a model that makes no logits as a whole
+                own = outputs["token_losses"]
+            else:
+                own, _ = token_losses(outputs["logits"].detach(), state.batch["labels"])
             with get_precision_context(state.precision, state.precision_config):
                 other, _ = model_losses(self.reference, state.batch)
         return (own.double() - other.double()).clamp(min=0).sum(dim=1)
