@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cheapertraining.data.collate import IGNORED
 from cheapertraining.distillation.divergences import FORWARD_KL, Divergence
+from cheapertraining.distillation.fused import fits, fused_cross_entropy
 from cheapertraining.distillation.kernels import Objective, RowTargets, block_loss
 from cheapertraining.distillation.losses import (
     DistillationLoss,
@@ -70,7 +71,8 @@ def chunked_distillation_loss(
     Args:
         hidden: ``[B, S, H]``, what the student's head multiplies.
         head: the student's, its weight whole (under FSDP2: unsharded, as within the root's forward).
-        targets: of the teacher; None: cross-entropy alone, whatever ``alpha``.
+        targets: of the teacher; None: cross-entropy alone, whatever ``alpha``, on CUDA by Liger's kernel where that
+            :func:`~cheapertraining.distillation.fused.fits` and ``chunk_tokens`` is left out.
         labels: int64 ``[B, S]``, unshifted, -100 where no loss counts.
         chunk_tokens: positions at a time; default: by vocabulary and device.
         statistics: return :class:`~cheapertraining.distillation.losses.Statistics` as well.
@@ -84,6 +86,8 @@ def chunked_distillation_loss(
     known = targets.vocabulary if isinstance(targets, DenseTargets | HiddenTargets) else None
     size = common_vocabulary(head.vocabulary, known, vocab_size)
     head = head.truncated(size)
+    if targets is None and not statistics and chunk_tokens is None and fits(hidden, head):
+        return fused_cross_entropy(hidden, head, labels, normalizer)
     inputs = [hidden, head.weight, head.bias]
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):

@@ -68,7 +68,7 @@ class DistillationLoss:
         tokens: int64 scalar, how many positions count.
         statistics: where they were asked for.
         cross_entropies: position by position, float32 ``[B, S]``, detached, 0 where no loss counts; from
-            :func:`~cheapertraining.distillation.chunked.chunked_distillation_loss` only.
+            :func:`~cheapertraining.distillation.chunked.chunked_distillation_loss` only, and not from a fused kernel.
     """
 
     total: Tensor
