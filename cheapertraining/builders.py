@@ -42,7 +42,9 @@ from cheapertraining.influence.algorithm import InfluenceScores
 from cheapertraining.influence.scorers.gram import GradientEstimator
 from cheapertraining.mixing import (
     GRAM,
+from cheapertraining.influence.scorers.accumulation import MicrobatchEstimator
     INFLUENCE,
+from cheapertraining.influence.scorers.microbatch import source_microbatches
     PROBE_LOSSES,
     REFERENCE,
     ADOStrategy,
@@ -288,24 +290,12 @@ def build_online_mixing(
         horizon_tokens=planned_tokens(config),
     )
     needs, own = controller.strategy.needs, mixing.influence
-    weights = {name: probe.weight for name, probe in config.data.probes.items()}
-    estimator = gradients = probes = reference = None
-    if INFLUENCE in needs:
-        estimator = SourceEstimator(
-            loader.mixture,
-            loader.probes,
-            weights,
-            probe_samples=own.probe_samples,
-            source_samples=own.source_samples,
-            metric="raw" if mixing.strategy == "grape" else own.metric,
-            scorer=own.scorer,
-            step_size=own.step_size,
-            seed=config.seed,
-        )
+    gradients = probes = reference = None
+    estimator = build_estimator(config, mixing, loader) if INFLUENCE in needs else None
     if GRAM in needs:
-        gradients = GradientEstimator(loader.mixture, own.source_samples, config.seed)
+        gradients = GradientEstimator(loader.mixture, own.source_samples, config.seed, own.layers)
     if PROBE_LOSSES in needs:
-        probes = ProbeBank(loader.probes, weights, own.probe_samples)
+        probes = ProbeBank(*_steering_probes(config, mixing, loader), own.probe_samples)
     if mixing.doremi.reference is not None and REFERENCE in needs:
         precision = resolve_precision(config, resolve_device(config))
         reference = build_reference(config, mixing.doremi.reference, build_tokenizer(config), precision)
@@ -313,6 +303,49 @@ def build_online_mixing(
         controller,
         estimator,
         gradients=gradients,
+def build_estimator(
+    config: RunConfig, mixing: OnlineMixingConfig, loader: MixtureLoader
+) -> SourceEstimator | MicrobatchEstimator:
+    """What measures the influence of sources on the probes."""
+    own = mixing.influence
+    probes, weights = _steering_probes(config, mixing, loader)
+    metric = "raw" if mixing.strategy == "grape" else own.metric
+    if own.scorer == "microbatch":
+        names = loader.mixture.source_names
+        return MicrobatchEstimator(
+            names, probes, weights, probe_samples=own.probe_samples, metric=metric, layers=own.layers
+        )
+    return SourceEstimator(
+        loader.mixture,
+        probes,
+        weights,
+        probe_samples=own.probe_samples,
+        source_samples=own.source_samples,
+        metric=metric,
+        scorer=own.scorer,
+        step_size=own.step_size,
+        seed=config.seed,
+        layers=own.layers,
+    )
+
+
+def _steering_probes(
+    config: RunConfig, mixing: OnlineMixingConfig, loader: MixtureLoader
+) -> tuple[dict[str, DataLoader[Any]], dict[str, float]]:
+    """Loaders of the probes that count, and their weights in the objective."""
+    own = mixing.influence.probes
+    weights = {name: probe.weight for name, probe in config.data.probes.items()} if own is None else own
+    return {name: loader.probes[name] for name in weights}, weights
+
+
+def split_by_source(spec: DataSpec, config: RunConfig) -> DataSpec:
+    """``spec``, with microbatches of one source each where the mixture is measured on them."""
+    mixing = config.algorithms.online_mixing
+    if mixing is not None and mixing.strategy in ("influence", "grape") and mixing.influence.scorer == "microbatch":
+        spec.split_batch = source_microbatches  # type: ignore[assignment]  # batches are mappings of tensors here
+    return spec
+
+
         probes=probes,
         reference=reference,
         ledger_path=folder / "mixture.jsonl",
@@ -331,6 +364,7 @@ def build_algorithms(config: RunConfig, loader: MixtureLoader, folder: Path) -> 
         algorithms.append(build_influence_scores(scores, loader))
     if (distillation := config.algorithms.distillation) is not None:
         algorithms.append(build_distillation(config, distillation, loader, resolve_device(config)))
+        updates=mixing.updates,
     return algorithms
 
 

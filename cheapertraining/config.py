@@ -222,10 +222,17 @@ class InfluenceConfig:
     """Samples of each source in a measurement, of every strategy that measures."""
     ema: Share = 0.9
     """Share of the old scores kept at each update."""
-    metric: Literal["raw", "adam", "layer_scale", "datainf", "kfac", "ekfac"] = "raw"
-    """Inner product of gradients as they are, by the optimizer's second moments, or by a curvature."""
-    scorer: Literal["forward", "hook", "loop"] = "forward"
-    """Forward passes along a direction; a backward pass, for half precision; or one a sample, for any model."""
+    metric: Literal["raw", "adam", "cosine", "layer_scale", "datainf", "kfac", "ekfac"] = "raw"
+    """Inner product of gradients as they are, by the optimizer's second moments, divided by the norm of each source's
+    own (scorer ``hook``), or by a curvature."""
+    scorer: Literal["forward", "hook", "loop", "microbatch"] = "forward"
+    """Forward passes along a direction; a backward pass, for half precision; one a sample, for any model; or none of
+    its own: training's microbatches hold one source each, and their gradients are looked at as they add up."""
+    layers: str | list[str] = "all"
+    """Parameters that count: ``all``, ``embedding_and_output``, ``last_<k>`` (decoder blocks), or glob patterns."""
+    probes: dict[str, NonNegative] | None = None
+    """Fixed weights in the objective, in place of data.probes.<name>.weight; a probe that is not named is not
+    measured."""
     step_size: Positive = 1e-4
     """Length of the look-ahead step, relative to the norm of the parameters."""
     threshold: NonNegative = 2.5
@@ -371,6 +378,8 @@ class OnlineMixingConfig:
     """Batches between two decisions."""
     warmup: Batches = "25ba"
     """Batches before the first decision."""
+    updates: Count | list[Count] | None = None
+    """Few decisions in place of one every interval: how many, spread from the warm-up on, or after which batches."""
     constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)
     influence: InfluenceConfig = field(default_factory=InfluenceConfig)
     proportional: ProportionalConfig = field(default_factory=ProportionalConfig)
@@ -909,6 +918,8 @@ def _problems_between_parts(config: RunConfig) -> Problems:
     problems.extend(_distillation_problems(config))
     if mixing is not None and mixing.strategy == "schedule":
         problems.extend(_schedule_problems(mixing.schedule, config.data))
+    if mixing is not None:
+        problems.extend(_measuring_problems(mixing, config.data))
     return problems + _parallelism_problems(config.parallelism)
 
 
@@ -968,6 +979,26 @@ def _data_problems(data: DataConfig) -> Problems:
         key = f"data.probes.{name}"
         if (probe.source is None) == (probe.local is None and probe.remote is None):
             problems.append((key, "expected either source (its probe split) or local/remote (a folder)."))
+    return problems
+
+
+def _measuring_problems(mixing: OnlineMixingConfig, data: DataConfig) -> Problems:
+    key, own = "algorithms.online_mixing.influence", mixing.influence
+    problems: Problems = []
+    if own.metric == "cosine" and own.scorer != "hook":
+        why = (
+            f"'cosine' needs the norm of each source's gradient, which scorer '{own.scorer}' does not give: use 'hook'."
+        )
+        problems.append((f"{key}.metric", why))
+    if own.scorer == "microbatch" and own.metric not in ("raw", "adam", "cosine"):
+        why = f"scorer 'microbatch' sees no sample's gradient alone: expected raw or adam, found '{own.metric}'."
+        problems.append((f"{key}.metric", why))
+    for name in (own.probes or {}).keys() - data.probes.keys():
+        problems.append((f"{key}.probes.{name}", f"no such probe in data.probes.{nearest(name, data.probes)}"))
+    if own.probes is not None and not sum(own.probes.values()) > 0:
+        problems.append((f"{key}.probes", "expected a weight above 0, found none."))
+    if isinstance(mixing.updates, list) and mixing.updates != sorted(set(mixing.updates)):
+        problems.append(("algorithms.online_mixing.updates", "expected batches that rise."))
     return problems
 
 

@@ -136,6 +136,10 @@ class GroupSums:
         freedom = torch.where(number > 1, number / (number - 1), torch.nan)
         return mean, (freedom * residuals).sqrt() / total
 
+    def counts(self) -> torch.Tensor:
+        """Units of each group on this rank, float64 ``[G]``."""
+        return self._lengths[0].clone()
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The sums of this rank."""
         return {"lengths": self._lengths, "scores": self._scores}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from cheapertraining.errors import UserError, nearest
+from cheapertraining.influence.parameters import Layers
 from cheapertraining.influence.scorers.sources import check_metric, check_scorer
 
 __all__ = ["InfluenceConfig"]
@@ -31,8 +32,9 @@ class InfluenceConfig:
         lambda_reg: damping of metrics that invert a curvature, relative to its own size: for DataInf, ``lambda_l =
             lambda_reg * mean(g**2)`` in each layer (arXiv 2310.00902 uses 0.1). ``raw`` and ``adam`` invert nothing
             and do not look at it.
-        metric: ``raw`` (gradients as they are), ``adam`` (preconditioned by the optimizer's second moments), or a
-            curvature: ``layer_scale``, ``datainf``, ``kfac``, ``ekfac``.
+        metric: ``raw`` (gradients as they are), ``adam`` (preconditioned by the optimizer's second moments),
+            ``cosine`` (by the norm of each source's gradient; ``hook`` only), or a curvature: ``layer_scale``,
+            ``datainf``, ``kfac``, ``ekfac``.
         scorer: ``forward`` (parameters in float32), ``hook`` (any precision), or ``loop`` (any model, slow; layers
             whose forward pass is a staircase need it); see ``scorers.sources.SourceEstimator``.
         probe_samples: samples of each probe in a measurement.
@@ -45,6 +47,7 @@ class InfluenceConfig:
         kl_step: largest change of the weights by one update, in nats; None: no limit.
         combine: one direction for all probes together, which costs less than one for each.
         seed: of the samples that measurements look at.
+        layers: which parameters count, see :data:`~cheapertraining.influence.parameters.Layers`.
 
     Raises:
         UserError: a setting that does not exist or is out of range.
@@ -64,6 +67,7 @@ class InfluenceConfig:
     kl_step: float | None = 0.5
     combine: bool = False
     seed: int = 0
+    layers: Layers = "all"
 
     def __new__(cls, *values: Any, **settings: Any) -> InfluenceConfig:
         """Refuse unknown settings by their nearest name; the generated ``__init__`` would only raise TypeError."""
@@ -92,8 +96,8 @@ class InfluenceConfig:
             raise _wrong("floor, ceiling", "0 <= floor <= ceiling <= 1", f"{self.floor}, {self.ceiling}")
         if self.kl_step is not None and not self.kl_step > 0:
             raise _wrong("kl_step", "a positive number, or None for no limit", self.kl_step)
-        check_metric(self.metric)
         check_scorer(self.scorer)
+        check_metric(self.metric, self.scorer)
 
     @classmethod
     def of(cls, settings: InfluenceConfig | Mapping[str, Any] | None) -> InfluenceConfig:

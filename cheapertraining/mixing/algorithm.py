@@ -8,10 +8,8 @@ interval it measures, decides and changes the mixture.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +26,12 @@ from cheapertraining.influence.losses import token_losses
 from cheapertraining.influence.model_access import model_losses
 from cheapertraining.influence.probes import ProbeBank
 from cheapertraining.influence.scorers import SourceInfluence
+from cheapertraining.influence.scorers.accumulation import MicrobatchEstimator
 from cheapertraining.influence.scorers.gram import GradientEstimator, SourceGradients
 from cheapertraining.influence.scorers.sources import SourceEstimator
 from cheapertraining.mixing.agreement import agreed
 from cheapertraining.mixing.controller import Decision, MixtureController, Totals
+from cheapertraining.mixing.records import append_lines, drop_later, metrics_of, note_source_changes
 from cheapertraining.mixing.signals import GRAM, PROBE_LOSSES, REFERENCE, ProbeReading
 
 __all__ = ["OnlineMixing"]
@@ -55,7 +55,9 @@ class OnlineMixing(Algorithm):
 
     Args:
         controller: decides.
-        estimator: measures; needed where the controller's strategy needs ``INFLUENCE``.
+        estimator: measures; needed where the controller's strategy needs ``INFLUENCE``. A `MicrobatchEstimator` looks
+            at the training passes themselves, which must hold one source each: give the data spec
+            ``split_batch=source_microbatches``.
         gradients: likewise for ``GRAM``.
         probes: likewise for ``PROBE_LOSSES``; the same samples, the first window of each probe, at every decision.
         reference: likewise for ``REFERENCE``: a model over the same tokens, frozen here. Each rank holds all of it.
@@ -70,7 +72,7 @@ class OnlineMixing(Algorithm):
     def __init__(
         self,
         controller: MixtureController,
-        estimator: SourceEstimator | None = None,
+        estimator: SourceEstimator | MicrobatchEstimator | None = None,
         *,
         gradients: GradientEstimator | None = None,
         probes: ProbeBank | None = None,
@@ -102,6 +104,7 @@ class OnlineMixing(Algorithm):
         # (this rank), and not yet recorded (all ranks).
         self._batch_sums: torch.Tensor | None = None
         self._pending: torch.Tensor | None = None
+        self._factors: list[torch.Tensor] = []  # With which a microbatch's loss goes into its backward pass.
         self._mixing_seconds = 0.0
         self._step_seconds = 0.0
         self._step_started: float | None = None
@@ -120,7 +123,9 @@ class OnlineMixing(Algorithm):
             Event.FIT_START,
             Event.BATCH_START,
             Event.BEFORE_TRAIN_BATCH,
+            Event.BEFORE_FORWARD,
             Event.AFTER_LOSS,
+            Event.AFTER_BACKWARD,
             Event.BATCH_END,
         )
 
@@ -135,8 +140,42 @@ class OnlineMixing(Algorithm):
             self._batch_sums = None  # A batch is tried again with smaller microbatches when memory ran out.
         elif event == Event.AFTER_LOSS:
             self._add_microbatch(state.batch, state.outputs, self._excess(state))
-        else:
+        elif event == Event.BATCH_END:
             self._end_batch(state, logger)
+        if isinstance(self.estimator, MicrobatchEstimator) and event != Event.FIT_START:
+            self._watch(event, state, self.estimator)
+
+    def _watch(self, event: Event, state: State, estimator: MicrobatchEstimator) -> None:
+        """Let the estimator see each training pass."""
+        if event == Event.BATCH_START:
+            estimator.resume(state.model)
+            batch, controller = int(state.timestamp.batch), self.controller
+            # From an interval before a decision on; where decisions are further apart, with directions made there.
+            wanted = controller.next_due(batch) - controller.interval
+            if batch >= wanted if not estimator.ready else controller.updates is not None and batch == wanted:
+                self._prepare(state, estimator)
+        elif event == Event.BEFORE_TRAIN_BATCH:
+            estimator.begin_batch()
+        elif event == Event.BEFORE_FORWARD:
+            self._factors.clear()
+            estimator.begin_pass()
+        elif event == Event.AFTER_LOSS:
+            loss = state.loss if torch.is_tensor(state.loss) else next(iter(state.loss))
+            loss.register_hook(self._factors.append)
+        elif event == Event.AFTER_BACKWARD:
+            outputs: Any = state.outputs
+            tokens = outputs["sample_tokens"].sum()
+            scale = self._factors.pop().double() / tokens.clamp_min(1)
+            estimator.mark(state.batch["source"], tokens, scale)
+
+    def _prepare(self, state: State, estimator: MicrobatchEstimator) -> None:
+        with _measuring_context(state):
+            estimator.prepare(
+                state.model,
+                state.optimizers[0],
+                update_index=self.controller.measurements,
+                microbatch_size=_microbatch_size(state),
+            )
 
     def state_dict(self) -> dict[str, Any]:
         self._flush()
@@ -160,11 +199,12 @@ class OnlineMixing(Algorithm):
         self._logged = Totals.of(state["logged"], self.controller.source_names)
 
     def _begin(self, batch: int) -> None:
+        changes = self.controller.after_source_changes(batch)
         if self.ledger_path is not None and dist.get_global_rank() == 0:
-            _drop_later(self.ledger_path, batch)
+            drop_later(self.ledger_path, batch)
+            note_source_changes(self.ledger_path, batch, changes)
         if batch == 0 and (decision := self.controller.start()) is not None:
             self._write(decision)
-        self._note_source_changes(batch)
 
     def _excess(self, state: State) -> torch.Tensor | None:
         """By sample: sum of ``max(loss - reference model's loss, 0)`` over its tokens, float64 ``[B]``."""
@@ -206,6 +246,8 @@ class OnlineMixing(Algorithm):
             dist.all_reduce(self._batch_sums)
             self._pending = self._batch_sums if self._pending is None else self._pending + self._batch_sums
             self._batch_sums = None
+        if isinstance(self.estimator, MicrobatchEstimator):
+            self.estimator.end_batch()
         metrics: dict[str, float] = {}
         if due:
             metrics |= self._decide(state, batch)
@@ -230,7 +272,7 @@ class OnlineMixing(Algorithm):
         wish = self.controller.propose(batch, measured, learning_rate, gradients=gradients, probe_losses=reading)
         weights = agreed(wish, self.controller.source_names)
         self._write(self.controller.commit(batch, weights, measured, learning_rate, probe_losses=reading))
-        return _metrics_of(measured, gradients, reading)
+        return metrics_of(measured, gradients, reading)
 
     def _measure(self, state: State) -> SourceInfluence:
         assert self.estimator is not None
@@ -280,31 +322,13 @@ class OnlineMixing(Algorithm):
             self._pending = None
 
     def _write(self, decision: Decision) -> None:
+        if self.ledger_path is None or dist.get_global_rank() != 0:
+            return
         entry = decision.to_dict()
         del entry["realized"]  # Known at the next decision only, which carries it.
         history = self.controller.history
         entry["realized_since_last"] = history[-2].realized if len(history) > 1 else None
-        self._append([entry])
-
-    def _note_source_changes(self, batch: int) -> None:
-        """Write down the mixture that other sources have made, unless an earlier start from here has done so."""
-        changes = self.controller.after_source_changes(batch)
-        if not changes or self.ledger_path is None or dist.get_global_rank() != 0:
-            return
-        written = self.ledger_path.read_text().splitlines() if self.ledger_path.exists() else []
-        last = json.loads(written[-1]) if written else {"batch": -1}
-        if last["batch"] == batch and last["weights"] == changes[-1].weights:
-            return
-        entries = [change.to_dict() for change in changes]
-        self._append([{key: value for key, value in entry.items() if key != "realized"} for entry in entries])
-
-    def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Add lines to the ledger, on rank 0, where there is one."""
-        if self.ledger_path is None or dist.get_global_rank() != 0:
-            return
-        self.ledger_path.parent.mkdir(parents=True, exist_ok=True)
-        with self.ledger_path.open("a") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        append_lines(self.ledger_path, [entry])
 
 
 _MEASURES = {
@@ -327,42 +351,3 @@ def _measuring_context(state: State) -> contextlib.AbstractContextManager[None]:
     if state.precision == Precision.AMP_BF16:
         return get_precision_context(state.precision, state.precision_config)
     return contextlib.nullcontext()
-
-
-def _metrics_of(
-    measured: SourceInfluence | None, gradients: SourceGradients | None, reading: ProbeReading | None
-) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    if measured is not None:
-        for row, direction in enumerate(measured.directions):
-            for k, source in enumerate(measured.sources):
-                metrics[f"mixture/score/{direction}/{source}"] = float(measured.scores[row, k])
-                metrics[f"mixture/score_se/{direction}/{source}"] = float(measured.errors[row, k])
-        for probe, loss in zip(measured.probes, measured.probe_losses, strict=True):
-            metrics[f"mixture/probe_loss/{probe}"] = float(loss)
-    if gradients is not None:
-        for k, source in enumerate(gradients.sources):
-            metrics[f"mixture/gradient_norm2/{source}"] = float(gradients.squared_norms[k])
-            metrics[f"mixture/gradient_variance/{source}"] = float(gradients.variances[k])
-    if reading is not None:
-        for probe, loss in zip(reading.probes, reading.losses, strict=True):
-            metrics[f"mixture/probe_loss/{probe}"] = float(loss)
-    return metrics
-
-
-def _drop_later(path: Path, batch: int) -> None:
-    """Keep the decisions up to ``batch`` (a checkpoint is saved after the batch's decision); at 0, none."""
-    if not path.exists():
-        return
-    kept = [] if batch == 0 else [line for line, made in _entries(path) if made <= batch]
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text("".join(kept))
-    os.replace(scratch, path)
-
-
-def _entries(path: Path) -> Iterator[tuple[str, int]]:
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            yield line, int(json.loads(line)["batch"])
-        except (ValueError, KeyError, TypeError):
-            continue  # The line that was being written when the process was killed.

@@ -167,6 +167,8 @@ class MixtureController:
         warmup: batches before the first decision that looks at signals. Strategies that need none decide from
             the start.
         horizon_tokens: tokens (padding included) that the whole run trains on.
+        updates: semi-dynamic: decide after these batches alone, whatever ``interval`` and ``warmup`` say; or, a number,
+            so often in all, spread evenly from the end of the warm-up over the horizon. None: every ``interval``.
 
     Raises:
         UserError: bad numbers, or constraints that the sources or their first weights cannot satisfy.
@@ -180,6 +182,7 @@ class MixtureController:
         interval: int,
         warmup: int,
         horizon_tokens: int,
+        updates: int | Sequence[int] | None = None,
     ) -> None:
         if interval < 1:
             raise UserError(f"algorithms.online_mixing.interval: expected at least 1 batch, found {interval}.")
@@ -190,6 +193,8 @@ class MixtureController:
         self.interval = interval
         self.warmup = warmup
         self.horizon_tokens = horizon_tokens
+        self.updates = None if updates is None else self._update_batches(updates)
+        """Batches after which to decide, rising; None where ``interval`` says it."""
         self.source_names = tuple(mixture.source_names)
         self.measurements = 0
         """Measurements taken so far; the ``update_index`` of the next one."""
@@ -231,8 +236,18 @@ class MixtureController:
 
     def due(self, batch: int) -> bool:
         """Whether to decide after ``batch`` batches have been trained."""
+        if self.updates is not None:
+            return batch in self.updates
         first = self.warmup if self.strategy.needs else 0
         return batch > 0 and batch >= first and (batch - first) % self.interval == 0
+
+    def next_due(self, batch: int) -> int:
+        """The batch of the first decision after ``batch``; behind the last of :attr:`updates`, the end of the run."""
+        if self.updates is None:
+            first = self.warmup if self.strategy.needs else 0
+            return max(first, batch + self.interval - (batch - first) % self.interval, 1)
+        later = [due for due in self.updates if due > batch]
+        return later[0] if later else max(batch + 1, self.horizon_tokens // self._tokens_per_batch)
 
     def start(self) -> Decision | None:
         """Before the first batch: put the weights of a strategy that needs no signals in force at once."""
@@ -353,7 +368,7 @@ class MixtureController:
         return decision
 
     def _describe(self, decision: Decision, measured: SourceInfluence, learning_rate: float | None) -> None:
-        mixtures = self._drawn(decision.batch, decision.batch + self.interval)
+        mixtures = self._drawn(decision.batch, self.next_due(decision.batch))
         step = 1.0 if learning_rate is None else learning_rate
         for row, direction in enumerate(measured.directions):
             decision.scores[direction] = self._by_name(measured.scores[row])
@@ -397,6 +412,22 @@ class MixtureController:
             return None
         last = self.history[-1].predicted
         return np.array([_number(last.get(name)) for name in measurement.directions])
+
+    def _update_batches(self, updates: int | Sequence[int]) -> tuple[int, ...]:
+        key = "algorithms.online_mixing.updates"
+        if isinstance(updates, int):
+            last = self.horizon_tokens // self._tokens_per_batch
+            first = max(1, self.warmup)
+            if not 1 <= updates <= last - first:
+                raise UserError(
+                    f"{key}: expected from 1 to the {max(0, last - first)} batches between warm-up and end, found "
+                    f"{updates}."
+                )
+            return tuple(first + place * (last - first) // updates for place in range(updates))
+        batches = tuple(updates)
+        if not batches or batches[0] < 1 or list(batches) != sorted(set(batches)):
+            raise UserError(f"{key}: expected a number, or batches from 1 on that rise, found {list(batches)}.")
+        return batches
 
     @property
     def _tokens_per_batch(self) -> int:

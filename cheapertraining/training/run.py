@@ -28,6 +28,7 @@ from cheapertraining.builders import (
     build_train_spec,
     resolve_device,
     resolve_precision,
+    split_by_source,
 )
 from cheapertraining.config import RunConfig, resolved_yaml
 from cheapertraining.errors import UserError
@@ -67,7 +68,7 @@ def train(config: RunConfig) -> Trainer:
 
     trainer = Trainer(
         model=model,
-        train_dataloader=build_train_spec(loader),
+        train_dataloader=split_by_source(build_train_spec(loader), config),
         eval_dataloader=build_evaluators(config, loader),
         eval_interval=config.eval_loader.interval,
         eval_subset_num_batches=config.eval_loader.subset_num_batches,

@@ -28,7 +28,7 @@ from torch import nn
 from cheapertraining.errors import UserError
 from cheapertraining.influence.losses import IGNORED
 from cheapertraining.influence.model_access import no_trace, to_device
-from cheapertraining.influence.parameters import select_parameters
+from cheapertraining.influence.parameters import Layers, select_parameters
 from cheapertraining.influence.ranks import rank_rows, sum_over_ranks
 from cheapertraining.influence.scorers.hook import hook_gram
 
@@ -82,17 +82,19 @@ class GradientEstimator:
         mixture: gives ``source_names`` and ``draw``.
         source_samples: samples of each source in a measurement, over all ranks; at least 2.
         seed: of the samples drawn.
+        layers: which parameters count, see :data:`~cheapertraining.influence.parameters.Layers`.
 
     Raises:
         UserError: too few samples.
     """
 
-    def __init__(self, mixture: SampleSource, source_samples: int = 4, seed: int = 0) -> None:
+    def __init__(self, mixture: SampleSource, source_samples: int = 4, seed: int = 0, layers: Layers = "all") -> None:
         if source_samples < 2:
             raise UserError(f"source_samples: expected at least 2 (one has no variance), found {source_samples}.")
         self.mixture = mixture
         self.source_samples = source_samples
         self.seed = seed
+        self.layers = layers
 
     def measure(self, model: nn.Module, *, update_index: int, microbatch_size: int | None = None) -> SourceGradients:
         """Measure now. Call it on all ranks with the same ``update_index``, between optimizer steps.
@@ -112,14 +114,16 @@ class GradientEstimator:
         inputs = [name for name in _MODEL_INPUTS if all(name in batch for batch in drawn)]
         rows = {name: torch.cat([batch[name] for batch in drawn]) for name in inputs}
         tokens = (rows["labels"][:, 1:] != IGNORED).sum(dim=1).double().cpu().numpy().reshape(len(names), n)
-        gram = _sample_gram(model, rows, microbatch_size)
+        gram = _sample_gram(model, rows, microbatch_size, self.layers)
         products, errors, norms, variances = moments_of(gram, tokens)
         return SourceGradients(names, products, errors, norms, variances, n, time.perf_counter() - started)
 
 
-def _sample_gram(model: nn.Module, rows: Mapping[str, torch.Tensor], microbatch_size: int | None) -> Float64:
+def _sample_gram(
+    model: nn.Module, rows: Mapping[str, torch.Tensor], microbatch_size: int | None, layers: Layers
+) -> Float64:
     """``<G_i, G_j>`` of all rows, float64 ``[N, N]``, the same on all ranks."""
-    parameters = select_parameters(model)
+    parameters = select_parameters(model, layers)
     device = next(iter(parameters.values())).device
     count = len(rows["labels"])
     size = max(1, (microbatch_size or count) // 2)

@@ -122,6 +122,15 @@ class MicrobatchScorer:
         Raises:
             UserError: ranks marked different numbers of microbatches, or different sources together.
         """
+        return self._by_source(*self.collect_microbatches())
+
+    def discard(self) -> None:
+        """Forget everything marked since the last :meth:`collect`."""
+        self._marks, self._before = [], None
+
+    def collect_microbatches(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As :meth:`collect`, for those who sum up themselves: of each microbatch, over all ranks, its source int64
+        ``[M]``, scores of its summed loss float64 ``[M, K]`` and tokens float64 ``[M]``."""
         marks, self._marks, self._before = self._marks, [], None
         device = next(iter(self._parameters.values())).device
         sources = torch.tensor([source for source, *_ in marks], dtype=torch.int64, device=device)
@@ -135,7 +144,7 @@ class MicrobatchScorer:
         tokens, weighted = table[:, -2], table[:, -1]
         # The ranks' factors may differ a little, where each divides by its own tokens: then their weighted mean.
         sums = torch.where(tokens[:, None] > 0, table[:, :count] * (tokens / weighted)[:, None], 0.0)
-        return self._by_source(sources, sums, tokens)
+        return sources, sums, tokens
 
     def _by_source(self, sources: torch.Tensor, sums: torch.Tensor, tokens: torch.Tensor) -> MicrobatchScores:
         groups, columns = len(self.sources), sums.shape[1]

@@ -19,19 +19,28 @@ from torch.utils.data import DataLoader
 from cheapertraining.errors import UserError, nearest
 from cheapertraining.influence.losses import IGNORED
 from cheapertraining.influence.model_access import no_trace, to_device
-from cheapertraining.influence.parameters import Directions, select_parameters
+from cheapertraining.influence.parameters import Directions, Layers, select_parameters
 from cheapertraining.influence.preconditioners import FITTED, Adam, Identity, Preconditioner, make_fitted
 from cheapertraining.influence.probes import ProbeBank, ProbeLosses
 from cheapertraining.influence.ranks import check_equal_counts, rank_rows, sum_over_ranks
 from cheapertraining.influence.scorers import COMBINED, SourceInfluence
 from cheapertraining.influence.scorers.forward import forward_scores
+from cheapertraining.influence.scorers.gram import GradientEstimator
 from cheapertraining.influence.scorers.hook import hook_scores
 from cheapertraining.influence.scorers.loop import loop_scores
 
-__all__ = ["METRICS", "SCORERS", "SampleSource", "SourceEstimator", "check_metric", "check_scorer"]
+__all__ = [
+    "METRICS",
+    "SCORERS",
+    "ProbeChanges",
+    "SampleSource",
+    "SourceEstimator",
+    "check_metric",
+    "check_scorer",
+]
 
 Batch = Mapping[str, torch.Tensor]
-METRICS = ("raw", "adam", *FITTED)
+METRICS = ("raw", "adam", "cosine", *FITTED)
 SCORERS = ("forward", "hook", "loop")
 _STATE_VERSION = 1
 _SEEDS = 1 << 31  # Keys are 64 bits wide: the seed above, the update below.
@@ -64,8 +73,10 @@ class SourceEstimator:
         source_samples: samples of each source in a measurement, over all ranks; at least 2, or no error could
             be told.
         metric: ``raw``, the gradient itself (what a unit step of gradient descent does); ``adam``, preconditioned by
-            the optimizer's second moments; or a curvature that is fitted at each measurement on the sources' samples
-            at hand: ``layer_scale``, ``datainf``, ``kfac``, ``ekfac``.
+            the optimizer's second moments; ``cosine``, divided by the norm of each source's own mean gradient over its
+            samples, so that large gradients alone are no advantage (``hook`` only; one more pass over the samples); or
+            a curvature that is fitted at each measurement on the sources' samples at hand: ``layer_scale``,
+            ``datainf``, ``kfac``, ``ekfac``.
         scorer: ``forward``, two forward passes along a direction, parameters in float32; ``hook``, a backward pass
             without weight gradients, in any precision, for the layers it knows; ``loop``, a backward pass for each
             sample, slow, for every model that autograd can differentiate (quantization-aware layers, whose forward
@@ -74,6 +85,7 @@ class SourceEstimator:
         step_size: of ``forward``, see :func:`~cheapertraining.influence.scorers.forward.forward_scores`.
         seed: of the samples drawn.
         combine: one direction for all probes together.
+        layers: which parameters count, see :data:`~cheapertraining.influence.parameters.Layers`.
 
     Raises:
         UserError: an unknown metric or scorer, a bad count or step size, bad probes.
@@ -93,9 +105,10 @@ class SourceEstimator:
         step_size: float = 1e-4,
         seed: int = 0,
         combine: bool = False,
+        layers: Layers = "all",
     ) -> None:
-        check_metric(metric)
         check_scorer(scorer)
+        check_metric(metric, scorer)
         if source_samples < 2:
             raise UserError(f"source_samples: expected at least 2 (one has no standard error), found {source_samples}.")
         if not 0 < step_size < 1:
@@ -109,8 +122,8 @@ class SourceEstimator:
         self.step_size = step_size
         self.seed = seed
         self.combine = combine
-        # Per probe: sample index -> (loss sum, tokens) at the last measurement.
-        self._last: dict[str, dict[int, tuple[float, float]]] = {}
+        self.layers = layers
+        self._changes = ProbeChanges(self.bank.names)
 
     def measure(
         self,
@@ -136,7 +149,7 @@ class SourceEstimator:
             UserError: half-precision parameters with ``forward``; ``adam`` without Adam's moments.
         """
         started = time.perf_counter()
-        parameters = select_parameters(model)
+        parameters = select_parameters(model, self.layers)
         losses: dict[str, ProbeLosses] = {}
         with no_trace(model):
             batches, places = self._source_rows(update_index, microbatch_size)
@@ -148,6 +161,9 @@ class SourceEstimator:
                 for direction in map(precondition, gradients)
             ]
         scores, errors = self._per_source(torch.stack(derivatives), batches, places)
+        if self.metric == "cosine":
+            norms = self._source_norms(model, update_index, microbatch_size)
+            scores, errors = scores / norms, errors / norms
         return SourceInfluence(
             sources=tuple(self.mixture.source_names),
             directions=(COMBINED,) if self.combine else self.bank.names,
@@ -157,22 +173,17 @@ class SourceEstimator:
             probes=self.bank.names,
             probe_weights=np.array(list(self.bank.weights.values())),
             probe_losses=np.array([losses[name].mean for name in self.bank.names]),
-            probe_changes=np.array([self._change(name, losses[name]) for name in self.bank.names]),
+            probe_changes=np.array([self._changes.since_last(name, losses[name]) for name in self.bank.names]),
             seconds=time.perf_counter() - started,
         )
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state: what the next measurement compares the probes' losses with."""
-        last = {name: [[index, *pair] for index, pair in seen.items()] for name, seen in self._last.items()}
-        return {"version": _STATE_VERSION, "last": last}
+        return {"version": _STATE_VERSION, "last": self._changes.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over :meth:`state_dict`; probes that no longer exist are forgotten."""
-        self._last = {
-            name: {int(index): (total, tokens) for index, total, tokens in seen}
-            for name, seen in state["last"].items()
-            if name in self.bank.names
-        }
+        self._changes.load_state_dict(state["last"])
 
     def _source_rows(
         self, update_index: int, microbatch_size: int | None
@@ -210,7 +221,7 @@ class SourceEstimator:
         optimizer: torch.optim.Optimizer | None,
         batches: Sequence[Batch],
     ) -> Preconditioner:
-        if self.metric == "raw":
+        if self.metric in ("raw", "cosine"):
             return Identity()
         if self.metric == "adam":
             if optimizer is None:
@@ -264,7 +275,27 @@ class SourceEstimator:
         residuals = slopes - scores[:, :, None] * lengths
         return scores, np.sqrt(n / (n - 1) * (residuals**2).sum(axis=2)) / total
 
-    def _change(self, name: str, losses: ProbeLosses) -> float:
+    def _source_norms(self, model: nn.Module, update_index: int, microbatch_size: int | None) -> NDArray[np.float64]:
+        """Norm of each source's mean gradient over the samples that were scored, ``[K]``."""
+        gradients = GradientEstimator(self.mixture, self.source_samples, self.seed, self.layers)
+        found = gradients.measure(model, update_index=update_index, microbatch_size=microbatch_size)
+        return np.asarray(np.sqrt(np.maximum(np.diag(found.products), np.finfo(np.float64).tiny)))
+
+
+class ProbeChanges:
+    """How the probes' losses have changed since they were last looked at, over the samples common to both looks.
+
+    Args:
+        names: of the probes.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = tuple(names)
+        # Per probe: sample index -> (loss sum, tokens) at the last measurement.
+        self._last: dict[str, dict[int, tuple[float, float]]] = {}
+
+    def since_last(self, name: str, losses: ProbeLosses) -> float:
+        """Token-mean change, nats; NaN where no sample is common. ``losses`` are what the next call compares with."""
         now = {
             index: (float(total), float(tokens))
             for index, total, tokens in zip(losses.indices, losses.sums, losses.tokens, strict=True)
@@ -276,16 +307,28 @@ class SourceEstimator:
             return math.nan
         return sum(now[index][0] - before[index][0] for index in common) / tokens
 
+    def state_dict(self) -> dict[str, list[list[float]]]:
+        """JSON-able: ``[index, loss sum, tokens]`` of each sample, by probe."""
+        return {name: [[index, *pair] for index, pair in seen.items()] for name, seen in self._last.items()}
 
-def check_metric(metric: str) -> None:
-    """Refuse a metric that is none of :data:`METRICS`."""
-    if metric == "cosine":
-        raise UserError(
-            "metric: 'cosine' needs the norm of each source's gradient, which its samples' scores do not give. Use "
-            f"one of {', '.join(METRICS)}."
-        )
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over :meth:`state_dict`; probes that no longer exist are forgotten."""
+        self._last = {
+            name: {int(index): (total, tokens) for index, total, tokens in seen}
+            for name, seen in state.items()
+            if name in self._names
+        }
+
+
+def check_metric(metric: str, scorer: str | None = None) -> None:
+    """Refuse a metric that is none of :data:`METRICS`, or that the scorer does not have."""
     if metric not in METRICS:
         raise UserError(f"metric: expected one of {', '.join(METRICS)}, found '{metric}'.{nearest(metric, METRICS)}")
+    if metric == "cosine" and scorer not in (None, "hook"):
+        raise UserError(
+            f"metric: 'cosine' needs the norm of each source's gradient, which scorer '{scorer}' does not give. Use "
+            "scorer 'hook', or another metric."
+        )
 
 
 def check_scorer(scorer: str) -> None:
