@@ -84,7 +84,7 @@ def test_equals_the_plain_loss(kind: str, temperature: float, alpha: float, cap:
         targets = _targets(kind, temperature, dtype)
         for name in DIVERGENCES if kind != "sampled" else ("forward_kl",):
             options = {"divergence": Divergence(name), "temperature": temperature, "alpha": alpha}
-            for chunk in (1, 4, 64):
+            for chunk in (1, 4, 64) if name == "forward_kl" else (4,):
                 plain, chunked = _both(targets, dtype, cap, chunk, token_weights=weights, **options)
                 for expected, found in zip(plain, chunked, strict=True):
                     scale = expected.abs().max().clamp(min=1).item()

@@ -24,6 +24,7 @@ from cheapertraining.distillation import (
 from cheapertraining.errors import UserError
 
 VOCABULARY = 13
+REPEATS, STEPS = 32, 100
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -173,12 +174,12 @@ def _trained(t: Tensor, make: Callable[[Tensor], Targets]) -> tuple[float, float
     """KL from the teachers, and mass on their first 12 tokens, of a table of logits trained on fresh targets."""
     z = torch.zeros_like(t, requires_grad=True)
     optimizer = torch.optim.Adam([z], lr=0.3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 120)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     # Many draws a step: what is left over is bias.
-    teacher = t.repeat(48, 1)[:, None].expand(-1, 2, -1)
+    teacher = t.repeat(REPEATS, 1)[:, None].expand(-1, 2, -1)
     labels = torch.tensor([[-100, 0]]).expand(len(teacher), 2)
-    for _ in range(120):
-        logits = z.repeat(48, 1)[:, None].expand(-1, 2, -1)
+    for _ in range(STEPS):
+        logits = z.repeat(REPEATS, 1)[:, None].expand(-1, 2, -1)
         optimizer.zero_grad()
         distillation_loss(logits, make(teacher), labels, alpha=1.0).total.backward()
         optimizer.step()
@@ -194,7 +195,7 @@ def test_bias_of_sparse_targets() -> None:
     orders = torch.stack([torch.randperm(200, generator=_generator(seed)) for seed in range(4)])
     t = (-1.2 * torch.arange(1, 201, dtype=torch.float32).log()).expand(4, 200).gather(1, orders)
     truth = t.softmax(dim=-1).topk(12, dim=-1).values.sum(dim=-1).mean().item()
-    kept = top_k_targets(t.repeat(48, 1)[:, None].expand(-1, 2, -1), 12)
+    kept = top_k_targets(t.repeat(REPEATS, 1)[:, None].expand(-1, 2, -1), 12)
     generator = _generator(9)
     full = _trained(t, DenseTargets)
     sampled = _trained(t, lambda logits: sample_targets(logits, 50, generator))
