@@ -39,12 +39,12 @@ from cheapertraining.distillation.building import build_distillation
 from cheapertraining.errors import UserError
 from cheapertraining.influence import ProbeBank, SourceEstimator
 from cheapertraining.influence.algorithm import InfluenceScores
+from cheapertraining.influence.scorers.accumulation import MicrobatchEstimator
 from cheapertraining.influence.scorers.gram import GradientEstimator
+from cheapertraining.influence.scorers.microbatch import source_microbatches
 from cheapertraining.mixing import (
     GRAM,
-from cheapertraining.influence.scorers.accumulation import MicrobatchEstimator
     INFLUENCE,
-from cheapertraining.influence.scorers.microbatch import source_microbatches
     PROBE_LOSSES,
     REFERENCE,
     ADOStrategy,
@@ -270,39 +270,6 @@ def build_reference(config: RunConfig, path: str, tokenizer: TokenizerWrapper, p
     return model
 
 
-def build_online_mixing(
-    config: RunConfig, mixing: OnlineMixingConfig, loader: MixtureLoader, folder: Path
-) -> OnlineMixing:
-    """The algorithm that measures, decides, sets the weights of ``loader.mixture``, and notes it in ``folder``."""
-    limits = mixing.constraints
-    controller = MixtureController(
-        loader.mixture,
-        build_strategy(mixing),
-        Constraints(
-            floor=limits.floor,
-            ceiling=limits.ceiling,
-            kl_step=limits.kl_step,
-            kl_prior=limits.kl_prior,
-            max_epochs=limits.max_epochs,
-        ),
-        interval=int(split_duration(mixing.interval)[0]),
-        warmup=int(split_duration(mixing.warmup)[0]),
-        horizon_tokens=planned_tokens(config),
-    )
-    needs, own = controller.strategy.needs, mixing.influence
-    gradients = probes = reference = None
-    estimator = build_estimator(config, mixing, loader) if INFLUENCE in needs else None
-    if GRAM in needs:
-        gradients = GradientEstimator(loader.mixture, own.source_samples, config.seed, own.layers)
-    if PROBE_LOSSES in needs:
-        probes = ProbeBank(*_steering_probes(config, mixing, loader), own.probe_samples)
-    if mixing.doremi.reference is not None and REFERENCE in needs:
-        precision = resolve_precision(config, resolve_device(config))
-        reference = build_reference(config, mixing.doremi.reference, build_tokenizer(config), precision)
-    return OnlineMixing(
-        controller,
-        estimator,
-        gradients=gradients,
 def build_estimator(
     config: RunConfig, mixing: OnlineMixingConfig, loader: MixtureLoader
 ) -> SourceEstimator | MicrobatchEstimator:
@@ -346,6 +313,40 @@ def split_by_source(spec: DataSpec, config: RunConfig) -> DataSpec:
     return spec
 
 
+def build_online_mixing(
+    config: RunConfig, mixing: OnlineMixingConfig, loader: MixtureLoader, folder: Path
+) -> OnlineMixing:
+    """The algorithm that measures, decides, sets the weights of ``loader.mixture``, and notes it in ``folder``."""
+    limits = mixing.constraints
+    controller = MixtureController(
+        loader.mixture,
+        build_strategy(mixing),
+        Constraints(
+            floor=limits.floor,
+            ceiling=limits.ceiling,
+            kl_step=limits.kl_step,
+            kl_prior=limits.kl_prior,
+            max_epochs=limits.max_epochs,
+        ),
+        interval=int(split_duration(mixing.interval)[0]),
+        warmup=int(split_duration(mixing.warmup)[0]),
+        horizon_tokens=planned_tokens(config),
+        updates=mixing.updates,
+    )
+    needs, own = controller.strategy.needs, mixing.influence
+    gradients = probes = reference = None
+    estimator = build_estimator(config, mixing, loader) if INFLUENCE in needs else None
+    if GRAM in needs:
+        gradients = GradientEstimator(loader.mixture, own.source_samples, config.seed, own.layers)
+    if PROBE_LOSSES in needs:
+        probes = ProbeBank(*_steering_probes(config, mixing, loader), own.probe_samples)
+    if mixing.doremi.reference is not None and REFERENCE in needs:
+        precision = resolve_precision(config, resolve_device(config))
+        reference = build_reference(config, mixing.doremi.reference, build_tokenizer(config), precision)
+    return OnlineMixing(
+        controller,
+        estimator,
+        gradients=gradients,
         probes=probes,
         reference=reference,
         ledger_path=folder / "mixture.jsonl",
@@ -364,7 +365,6 @@ def build_algorithms(config: RunConfig, loader: MixtureLoader, folder: Path) -> 
         algorithms.append(build_influence_scores(scores, loader))
     if (distillation := config.algorithms.distillation) is not None:
         algorithms.append(build_distillation(config, distillation, loader, resolve_device(config)))
-        updates=mixing.updates,
     return algorithms
 
 

@@ -213,7 +213,7 @@ class OnlineMixing(Algorithm):
         outputs: Any = state.outputs
         with torch.no_grad():
             if "token_losses" in outputs:  # of a model that makes no logits as a whole
-                own = outputs["token_losses"]
+                own: torch.Tensor = outputs["token_losses"]
             else:
                 own, _ = token_losses(outputs["logits"].detach(), state.batch["labels"])
             with get_precision_context(state.precision, state.precision_config):
