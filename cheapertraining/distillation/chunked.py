@@ -44,6 +44,7 @@ __all__ = ["chunked_distillation_loss"]
 # Logits of a chunk, and of the block of it that elementwise work is done on. On a CPU a block stays in the cache, where
 # ten passes over it cost less than three over memory; a GPU wants few and large kernels.
 CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}
+CHUNK_TOKENS = 128  # at least: matrix products of fewer rows are slow
 BLOCK = {"cpu": 1 << 18, "cuda": 1 << 27}
 
 
@@ -93,7 +94,7 @@ def chunked_distillation_loss(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         run = _Run(hidden, head, targets, labels, Objective(divergence, temperature, any(wanted)), size)
         run.weigh(0.0 if targets is None else alpha, normalizer, token_weights)
-        run.go(chunk_tokens or max(1, _budget(CHUNK, hidden) // size), wanted, statistics)
+        run.go(chunk_tokens or max(CHUNK_TOKENS, _budget(CHUNK, hidden) // size), wanted, statistics)
         loss = run.loss()
     if not any(wanted):
         return loss
@@ -165,39 +166,43 @@ class _Run:
         accumulate = _Accumulator(flat, self.wide, wanted)
         own = self.hidden.new_empty(min(chunk, max(1, len(self.index))), self.size, dtype=self.dtype)
         other = torch.empty_like(own) if isinstance(self.targets, HiddenTargets) else None
-        for start in range(0, len(self.index), chunk):
-            rows = slice(start, start + chunk)
+        stored = self._stored()
+        for rows in _slices(len(self.index), chunk):
             index = self.index[rows]
             states = flat.index_select(0, index).to(self.dtype)
             logits = self.wide.logits(states, out=own[: len(index)])
-            targets = self._targets(index, other)
+            targets = self._live(index, other) if stored is None else stored.part(rows)
             capped = logits.clone() if self.wide.soft_cap is not None and any(wanted) else None
             self._blocks(logits, targets, rows, statistics)
             if any(wanted):
                 accumulate.add(self.wide.backward(logits, capped), states, index)
         self.gradients = accumulate.finish(self.hidden, self.head)
 
-    def _targets(self, index: Tensor, buffer: Tensor | None) -> RowTargets | None:
-        """Those of a chunk, checked."""
-        if self.targets is None:
+    def _stored(self) -> TopKTargets | SampledTargets | None:
+        """Those of all counted positions, checked, where they are few numbers a position."""
+        if not isinstance(self.targets, TopKTargets | SampledTargets):
             return None
-        if isinstance(self.targets, HiddenTargets):
-            found: RowTargets = self.targets.rows(index, None if buffer is None else buffer[: len(index)])
-        else:
-            found = self.targets.rows(index)
+        found = self.targets.rows(self.index)
         if isinstance(found, TopKTargets):
             check_top_k(found, self.size, self.objective.divergence)
-        elif isinstance(found, SampledTargets):
-            check_sampled(found, self.size, self.objective.divergence)
         else:
-            found = DenseTargets(found.logits[:, : self.size])
-            refuse_not_finite(found.logits.amax(dim=-1))
+            check_sampled(found, self.size, self.objective.divergence)
         return found
+
+    def _live(self, index: Tensor, buffer: Tensor | None) -> DenseTargets | None:
+        """The teacher's logits of a chunk."""
+        if isinstance(self.targets, HiddenTargets):
+            return self.targets.rows(index, None if buffer is None else buffer[: len(index)])
+        if isinstance(self.targets, DenseTargets):
+            return DenseTargets(self.targets.rows(index).logits[:, : self.size])
+        return None
 
     def _blocks(self, logits: Tensor, targets: RowTargets | None, rows: slice, statistics: bool) -> None:
         following, share = self.following[rows], self.share[rows]
         for block in _slices(len(logits), max(1, _budget(BLOCK, logits) // self.size)):
             mine = None if targets is None else targets.part(block)
+            if isinstance(mine, DenseTargets):
+                refuse_not_finite(mine.logits.amax(dim=-1))
             if statistics:
                 self.sums.others.append(block_statistics(logits[block], mine))
             cross_entropy, divergence = block_loss(
@@ -208,10 +213,7 @@ class _Run:
 
     def loss(self) -> DistillationLoss:
         """The sums as a loss, without gradient."""
-        cross_entropy, divergence = (
-            torch.cat(found) if found else self.inverse.new_zeros(0)
-            for found in (self.sums.cross_entropy, self.sums.divergence)
-        )
+        cross_entropy, divergence = torch.cat(self.sums.cross_entropy), torch.cat(self.sums.divergence)
         total = self.cross * cross_entropy.sum() + (self.share.squeeze(1) * divergence).sum()
         statistics = self._statistics(cross_entropy, divergence) if self.sums.others else None
         mean = (self.weights * divergence).sum() * self.inverse
@@ -259,4 +261,5 @@ class _Accumulator:
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:
-    return (slice(start, start + step) for start in range(0, length, step))
+    """All of a length in steps; one empty step of nothing, so that what comes of it has its usual shape."""
+    return (slice(start, start + step) for start in range(0, max(1, length), step))

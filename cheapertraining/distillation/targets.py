@@ -51,9 +51,10 @@ class OutputHead:
 
         Args:
             hidden: any floating dtype.
-            out: where to write them, for ``[N, H]`` without a graph, in the dtype of states and weight.
+            out: where to write them, for ``[N, H]`` without a graph; its dtype is then that of the projection.
         """
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        dtype = dtype if out is None else out.dtype
         with torch.autocast(hidden.device.type, enabled=False):
             wide = self.to(dtype)
             if out is None:

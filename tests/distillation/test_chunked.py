@@ -156,8 +156,12 @@ def test_what_does_not_count_is_never_read() -> None:
     expected = torch.autograd.grad(clean.total, (hidden, weight))
     for mine, theirs in zip(torch.autograd.grad(loss.total, (dirty, weight)), expected, strict=True):
         torch.testing.assert_close(mine, theirs)
-    nothing = chunked_distillation_loss(dirty, OutputHead(weight, bias), targets, torch.full((ROWS, LENGTH), -100))
+    nothing = chunked_distillation_loss(
+        dirty, OutputHead(weight, bias), targets, torch.full((ROWS, LENGTH), -100), statistics=True
+    )
     assert nothing.total == 0
+    assert nothing.statistics is not None
+    assert torch.equal(nothing.statistics.acceptance, torch.zeros(ROWS, LENGTH))  # type: ignore[arg-type]
     assert all(g.count_nonzero() == 0 for g in torch.autograd.grad(nothing.total, (dirty, weight, bias)))
 
 
@@ -174,6 +178,16 @@ def test_finite_at_large_logits(kind: str) -> None:
     for mine, theirs in zip(*(torch.autograd.grad(x.total, inputs) for x in (loss, plain)), strict=True):
         assert mine.isfinite().all()
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_teacher_and_student_of_different_dtypes() -> None:
+    hidden, weight, bias = _inputs()
+    wide = _targets("hidden", 1.0, torch.float64)
+    narrow = _targets("hidden", 1.0, torch.float32)
+    expected = _loss(hidden, weight, bias, wide).total
+    torch.testing.assert_close(_loss(hidden, weight, bias, narrow).total, expected, rtol=1e-5, atol=0)
+    narrowed = [x.detach().float() for x in (hidden, weight, bias)]
+    torch.testing.assert_close(_loss(*narrowed, wide).total, expected.detach().float(), rtol=1e-5, atol=0)
 
 
 def test_padded_vocabulary() -> None:
