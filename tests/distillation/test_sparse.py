@@ -153,9 +153,8 @@ def test_bad_targets_are_refused() -> None:
         "expected token ids from 0 to 12, found 0 to 13": lambda: _gradient(
             z, _changed(good, ids=torch.tensor([0, 1, 13]).expand(1, 4, 3))
         ),
-        "found NaN or a number above 0 at 3 of 3": lambda: _gradient(
-            z, _changed(good, log_probs=good.log_probs * math.nan)
-        ),
+        "found NaN or another sum at 3 of 3": lambda: _gradient(z, _changed(good, log_probs=good.log_probs * math.nan)),
+        "sum to 1 with the tail, found NaN or another": lambda: _gradient(z, _changed(good, tail=good.tail - 9)),
         "rounds: expected at least 1": lambda: sample_targets(t, 0, _generator()),
         "logits have NaN": lambda: sample_targets(t * math.nan, 5, _generator()),
         "weights that sum to 1, found 3 of 3": lambda: _gradient(
