@@ -8,12 +8,12 @@ import os
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
 import torch
-from composer.algorithms import GradientClipping
 from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
 from composer.core import Algorithm, Callback, DataSpec, Evaluator, State
 from composer.loggers import LoggerDestination, WandBLogger
@@ -21,7 +21,7 @@ from composer.optim import ComposerScheduler
 from composer.utils import dist
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from cheapertraining.config import (
     InfluenceScoresConfig,
@@ -36,6 +36,9 @@ from cheapertraining.config import (
 )
 from cheapertraining.data import Batch, MixtureLoader, TokenizerWrapper, get_loader
 from cheapertraining.distillation.building import build_distillation
+from cheapertraining.distributed.algorithm import GradientClipping
+from cheapertraining.distributed.fsdp import original_shapes
+from cheapertraining.distributed.parallelism import Layout, data_rank
 from cheapertraining.errors import UserError
 from cheapertraining.influence import ProbeBank, SourceEstimator
 from cheapertraining.influence.algorithm import InfluenceScores
@@ -67,6 +70,7 @@ from cheapertraining.mixing import (
     UniMaxStrategy,
 )
 from cheapertraining.models import CausalLM, build_causal_lm
+from cheapertraining.models.sharded import build_spread
 from cheapertraining.observe import ConsoleLines, GracefulStop, JsonlLogger, MixtureSummary
 from cheapertraining.observe.checkpoints import AtomicCheckpointSaver
 from cheapertraining.observe.exhaustion import StopWhenExhausted
@@ -115,12 +119,24 @@ def build_tokenizer(config: RunConfig) -> TokenizerWrapper:
 
 
 def build_model(config: RunConfig, tokenizer: TokenizerWrapper, precision: Precision) -> CausalLM:
-    """The model, with initial weights from the run's seed."""
+    """The whole model, with initial weights from the run's seed."""
     return build_causal_lm(config.model, tokenizer.vocab_size, seed=config.seed, precision=precision)
 
 
-def build_loader(config: RunConfig, tokenizer: TokenizerWrapper) -> MixtureLoader:
-    """The training loader of this rank, with the mixture, the probes and the held-out splits beside it."""
+def build_spread_model(
+    config: RunConfig, tokenizer: TokenizerWrapper, precision: Precision, layout: Layout, device: Device
+) -> CausalLM:
+    """The model as the run's ``parallelism`` spreads it over the ranks, with the same weights."""
+    whole = partial(build_model, config, tokenizer, precision)
+    where = torch.device("cuda" if device == "gpu" else "cpu")
+    return build_spread(whole, layout, config.parallelism, precision, where)
+
+
+def build_loader(config: RunConfig, tokenizer: TokenizerWrapper, layout: Layout | None = None) -> MixtureLoader:
+    """The training loader of this rank, with the mixture, the probes and the held-out splits beside it.
+
+    Ranks that tensor parallelism cuts a layer over get the same samples. None is one sample a rank.
+    """
     settings = config.train_loader
     loader = get_loader(
         config.data,
@@ -133,6 +149,8 @@ def build_loader(config: RunConfig, tokenizer: TokenizerWrapper) -> MixtureLoade
         lag=settings.lag,
         allow_source_changes=settings.allow_source_changes,
         seed=config.seed,
+        rank=None if layout is None else data_rank(layout, dist.get_global_rank()),
+        world_size=None if layout is None else layout.data,
     )
     # A DataLoader draws a seed whenever iterating starts; from the global generator, and a resumed run would go on
     # with other random numbers (dropout) than the undisturbed one.
@@ -151,21 +169,46 @@ def count_tokens(batch: Batch) -> dict[str, int]:
     return {"total": total, "loss_generating": int((batch["labels"] != -100).sum())}
 
 
-def build_train_spec(loader: MixtureLoader) -> DataSpec:
-    """The training loader as Composer wants it."""
-    return DataSpec(loader, get_num_tokens_in_batch=count_tokens)
+def build_train_spec(loader: MixtureLoader, copies: int = 1) -> DataSpec:
+    """The training loader as Composer wants it.
+
+    Args:
+        loader: of the run.
+        copies: ranks that get the same samples. Composer sums over all ranks, so the first of them counts the samples
+            and tokens, and each weights its losses by its share of the tokens.
+    """
+    if copies == 1:
+        return DataSpec(loader, get_num_tokens_in_batch=count_tokens)
+    first = dist.get_global_rank() % copies == 0
+
+    def samples(batch: Batch) -> int:
+        return len(batch["input_ids"]) if first else 0
+
+    def tokens(batch: Batch) -> dict[str, Any]:
+        counts = count_tokens(batch)
+        return {"total": counts["total"] if first else 0, "loss_generating": counts["loss_generating"] / copies}
+
+    return DataSpec(loader, get_num_samples_in_batch=samples, get_num_tokens_in_batch=tokens)
 
 
-def build_evaluators(config: RunConfig, loader: MixtureLoader) -> list[Evaluator]:
-    """An evaluator for each held-out split (``heldout/<source>``) and each probe (``probe/<name>``)."""
+def build_evaluators(config: RunConfig, loader: MixtureLoader, layout: Layout | None = None) -> list[Evaluator]:
+    """An evaluator for each held-out split (``heldout/<source>``) and each probe (``probe/<name>``).
+
+    Under tensor parallelism the last samples of a split that do not divide among the data parallel ranks are left out:
+    Composer drops what a sampler fills up with by the number of all ranks.
+    """
     splits = {f"heldout/{name}": split for name, split in loader.heldout.items()}
     splits |= {f"probe/{name}": split for name, split in loader.probes.items()}
     evaluators = []
     for label, split in splits.items():
+        sampler: Sampler[Any] = split.sampler  # type: ignore[assignment]
+        if layout is not None and layout.tensor > 1:
+            mine = data_rank(layout, dist.get_global_rank())
+            sampler = DistributedSampler(split.dataset, layout.data, mine, shuffle=False, drop_last=True)
         rows = DataLoader(
             split.dataset,
             batch_size=config.eval_loader.batch_size,
-            sampler=split.sampler,
+            sampler=sampler,
             collate_fn=split.collate_fn,
             generator=loader.generator,
         )
@@ -177,10 +220,12 @@ def build_evaluators(config: RunConfig, loader: MixtureLoader) -> list[Evaluator
 # ---- optimization ------------------------------------------------------------------------------------------
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
     """AdamW that decays matrices (embeddings included) and leaves norms and biases alone."""
+    flat = original_shapes(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [len(flat.get(id(parameter), parameter.shape)) >= 2 for parameter in trained]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p, m in zip(trained, matrices, strict=True) if m], "weight_decay": config.weight_decay},
+        {"params": [p for p, m in zip(trained, matrices, strict=True) if not m], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
@@ -358,7 +403,7 @@ def build_algorithms(config: RunConfig, loader: MixtureLoader, folder: Path) -> 
     """Those that are not null."""
     algorithms: list[Algorithm] = []
     if (clipping := config.algorithms.gradient_clipping) is not None:
-        algorithms.append(GradientClipping(clipping_type="norm", clipping_threshold=clipping.threshold))
+        algorithms.append(GradientClipping(clipping.threshold))
     if (mixing := config.algorithms.online_mixing) is not None:
         algorithms.append(build_online_mixing(config, mixing, loader, folder))
     if (scores := config.algorithms.influence_scores) is not None:

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from composer.models import ComposerModel
 from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
+from cheapertraining.distributed.vocabulary import vocabulary_parallel_sample_loss
 from cheapertraining.errors import UserError, nearest
 from cheapertraining.influence.losses import per_sample_loss
 
@@ -119,22 +121,25 @@ class CausalLM(ComposerModel):
 
     Args:
         model: A transformers model with a language-modelling head. Its cache is switched off.
+        isolation: How packed documents are kept apart, where it was found out already; None tries it on the model.
 
     Raises:
         UserError: The model lets packed documents see each other and offers no way to stop it.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, isolation: Isolation | None = None) -> None:
         super().__init__()
         model.config.use_cache = False
         self.model = model
-        self.isolation: Isolation = isolation_of(model)
+        self.isolation: Isolation = isolation or isolation_of(model)
         if self.isolation == "mask" and model.config._attn_implementation.startswith("fl"):
             model.config._attn_implementation = "sdpa"  # flash kernels take no 4-D mask
         self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
         self.objective: Objective | None = None
         """Where one is set, `forward` returns ``{"head_inputs": HeadInputs}``, so that logits never exist as a whole,
         and `loss` is the objective's."""
+        self.vocabulary_group: dist.ProcessGroup | None = None
+        """The ranks that each hold a part of the logits' vocabulary, under tensor parallelism."""
         self._flops = _FlopCount(model)
         for layer in _decoder_layers(model):
             layer._fsdp_wrap = True  # type: ignore[assignment]  # Composer shards it as one unit
@@ -192,9 +197,15 @@ class CausalLM(ComposerModel):
         """
         if self.objective is not None:
             return self.objective(outputs["head_inputs"], batch, outputs)
-        sums, tokens = per_sample_loss(outputs["logits"], batch["labels"])
-        outputs["sample_loss_sum"] = sums.detach()
-        outputs["sample_tokens"] = tokens.detach()
+        group = self.vocabulary_group
+        if group is None:
+            sums, tokens = per_sample_loss(outputs["logits"], batch["labels"])
+        else:
+            sums, tokens = vocabulary_parallel_sample_loss(outputs["logits"], batch["labels"], group)
+        # Ranks of one group see the same samples, of which sums over all ranks are to hold each once.
+        reported = 1 if group is None or dist.get_rank(group) == 0 else 0
+        outputs["sample_loss_sum"] = sums.detach() * reported
+        outputs["sample_tokens"] = tokens.detach() * reported
         # A microbatch may hold nothing but prompt or padding; its loss is then zero, not 0/0.
         return sums.sum() / tokens.sum().clamp(min=1)
 
@@ -212,6 +223,11 @@ class CausalLM(ComposerModel):
     def update_metric(self, batch: Any, outputs: Any, metric: Metric) -> None:
         """Add one evaluated batch to a metric that takes per-sample loss sums and token counts."""
         metric.update(outputs["sample_loss_sum"], outputs["sample_tokens"])
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated decoder layers, in the order they run; empty where the model has no such list."""
+        return _decoder_layers(self.model)
 
     def flops_per_batch(self, batch: Mapping[str, Any]) -> int:
         """Return the floating-point operations of one training step on this batch (Composer's SpeedMonitor asks).

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from composer import Trainer
-from composer.utils import dist, reproducibility
+from composer.utils import ParallelismConfig, dist, reproducibility
 
 from cheapertraining.builders import (
     Device,
@@ -21,9 +21,9 @@ from cheapertraining.builders import (
     build_loader,
     build_loggers,
     build_microbatch_size,
-    build_model,
     build_optimizer,
     build_scheduler,
+    build_spread_model,
     build_tokenizer,
     build_train_spec,
     resolve_device,
@@ -31,6 +31,7 @@ from cheapertraining.builders import (
     split_by_source,
 )
 from cheapertraining.config import RunConfig, resolved_yaml
+from cheapertraining.distributed.parallelism import check_together, plan_layout
 from cheapertraining.errors import UserError
 from cheapertraining.observe import progress_bar_fits
 from cheapertraining.observe.checkpoints import LATEST, check_resumable, latest_checkpoint
@@ -52,14 +53,16 @@ def train(config: RunConfig) -> Trainer:
     warnings.filterwarnings("ignore", message="Cannot split tensor of length")
     device = resolve_device(config)
     precision = resolve_precision(config, device)
-    _start_processes(device)
+    _start_processes(device, config)
+    layout = plan_layout(config.parallelism, dist.get_world_size())
+    check_together(config, layout, precision, on_gpu=device == "gpu")
     config = _named(config)
     folder = Path(config.save_folder).resolve() / cast(str, config.run_name)
     checkpoint = _checkpoint_to_resume(config, folder)
 
     tokenizer = build_tokenizer(config)
-    loader = build_loader(config, tokenizer)
-    model = build_model(config, tokenizer, precision)
+    loader = build_loader(config, tokenizer, layout)
+    model = build_spread_model(config, tokenizer, precision, layout, device)
     algorithms = build_algorithms(config, loader, folder)
     random_states = None
     if checkpoint is not None:
@@ -68,8 +71,8 @@ def train(config: RunConfig) -> Trainer:
 
     trainer = Trainer(
         model=model,
-        train_dataloader=split_by_source(build_train_spec(loader), config),
-        eval_dataloader=build_evaluators(config, loader),
+        train_dataloader=split_by_source(build_train_spec(loader, layout.tensor), config),
+        eval_dataloader=build_evaluators(config, loader, layout),
         eval_interval=config.eval_loader.interval,
         eval_subset_num_batches=config.eval_loader.subset_num_batches,
         max_duration=config.max_duration,
@@ -83,7 +86,9 @@ def train(config: RunConfig) -> Trainer:
         load_path=None if checkpoint is None else str(checkpoint),
         device=device,
         precision=precision,
-        device_train_microbatch_size=build_microbatch_size(config, device, dist.get_world_size()),
+        device_train_microbatch_size=build_microbatch_size(config, device, layout.data),
+        # A cut model is on its device already, in part perhaps on the host.
+        parallelism_config=None if layout.engine == "replicas" else ParallelismConfig(),
         accumulate_train_batch_on_tokens=True,
         spin_dataloaders=False,  # the mixture goes on where the checkpoint left it
         seed=config.seed,
@@ -121,9 +126,10 @@ def _fit(trainer: Trainer, config: RunConfig, random_states: list[dict[str, Any]
     trainer.close()  # type: ignore[no-untyped-call]
 
 
-def _start_processes(device: Device) -> None:
-    """Join the process group, where there are several, and share the cores among them."""
-    if dist.get_world_size() > 1:
+def _start_processes(device: Device, config: RunConfig) -> None:
+    """Join the process group, where there are several or the model is cut, and share the cores among them."""
+    cut = config.parallelism.fsdp or config.parallelism.fsdp2 or config.parallelism.tp
+    if dist.get_world_size() > 1 or cut:
         dist.initialize_dist(device)
     if dist.get_local_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_local_world_size()))

@@ -1,0 +1,27 @@
+"""Gradient clipping for Composer's Trainer under every layout."""
+
+from __future__ import annotations
+
+from composer.algorithms import GradientClipping as ComposerGradientClipping
+from composer.core import Event, State
+from composer.loggers import Logger
+
+from cheapertraining.distributed.clipping import clip_gradient_norm
+
+__all__ = ["GradientClipping"]
+
+
+class GradientClipping(ComposerGradientClipping):
+    """Composer's by norm, where the norm is that of all ranks' gradients together.
+
+    Composer looks at its own configuration to tell whether a model is sharded, which a model that comes sharded to it
+    has not; the name is Composer's, as it is what checkpoints know the algorithm by.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__(clipping_type="norm", clipping_threshold=threshold)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Clip, after the backward passes of a batch."""
+        if event == Event.AFTER_TRAIN_BATCH:
+            clip_gradient_norm(state.model, self.clipping_threshold)

@@ -1,0 +1,196 @@
+"""How a model is spread over processes: sizes from a config, the device mesh, and what cannot be had together.
+
+A layout has three sizes: ``replicate`` copies of the model, each cut into ``shard`` pieces by data parallelism (ZeRO-3,
+arXiv 1910.02054; FSDP, arXiv 2304.11277), each piece of a layer cut into ``tensor`` pieces (Megatron, arXiv
+1909.08053). Their product is the number of processes. Ranks of one tensor parallel group read the same samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from cheapertraining.config import ParallelismConfig, RunConfig
+from cheapertraining.errors import UserError
+
+__all__ = ["MESH_NAMES", "Layout", "build_mesh", "check_together", "data_rank", "plan_layout"]
+
+MESH_NAMES = ("data_parallel_replicate", "data_parallel_shard", "tensor_parallel")
+"""Dimensions of the mesh, outermost first; the names are Composer's."""
+
+Engine = Literal["replicas", "fsdp", "fsdp2"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is spread how.
+
+    Attributes:
+        engine: ``replicas`` (one process, or DDP), ``fsdp`` (FSDP1), or ``fsdp2``, which tensor parallelism also uses.
+        replicate, shard, tensor: sizes of the mesh, see the module's docstring.
+    """
+
+    engine: Engine
+    replicate: int = 1
+    shard: int = 1
+    tensor: int = 1
+
+    @property
+    def data(self) -> int:
+        """Ranks that read samples of their own."""
+        return self.replicate * self.shard
+
+    @property
+    def world(self) -> int:
+        """Processes."""
+        return self.data * self.tensor
+
+
+def plan_layout(config: ParallelismConfig, world_size: int) -> Layout:
+    """The layout of ``world_size`` processes.
+
+    Raises:
+        UserError: the sizes asked for do not make up that number of processes.
+    """
+    if config.tp is not None:
+        tensor = config.tp.tensor_parallel_degree
+        tensor = world_size if tensor == -1 else tensor
+        if world_size % tensor:
+            raise _does_not_fit("tp.tensor_parallel_degree", tensor, world_size)
+        if config.fsdp2 is None and tensor != world_size:
+            raise UserError(
+                f"parallelism.tp.tensor_parallel_degree: expected the number of processes ({world_size}), found "
+                f"{tensor}. Add fsdp2: {{}} (compose.distributed=fsdp2_tp) to spread the rest, or set it to -1."
+            )
+        replicate, shard = _data_sizes("fsdp2", config, world_size // tensor)
+        return Layout("fsdp2", replicate, shard, tensor)
+    if config.fsdp2 is not None:
+        return Layout("fsdp2", *_data_sizes("fsdp2", config, world_size))
+    if config.fsdp is not None:
+        return Layout("fsdp", *_data_sizes("fsdp", config, world_size))
+    return Layout("replicas", replicate=world_size)
+
+
+def _data_sizes(section: Literal["fsdp", "fsdp2"], config: ParallelismConfig, ranks: int) -> tuple[int, int]:
+    """Replicas and shards that ``ranks`` ranks of data parallelism make."""
+    settings = config.fsdp if section == "fsdp" else config.fsdp2
+    if settings is None:
+        return 1, ranks
+    replicate, shard = settings.data_parallel_replicate_degree, settings.data_parallel_shard_degree
+    if replicate is not None and ranks % replicate:
+        raise _does_not_fit(f"{section}.data_parallel_replicate_degree", replicate, ranks)
+    if shard == -1:
+        return replicate or 1, ranks // (replicate or 1)
+    if (replicate or 1) * shard != ranks:
+        raise _does_not_fit(f"{section}.data_parallel_shard_degree", shard, ranks // (replicate or 1))
+    return replicate or 1, shard
+
+
+def _does_not_fit(key: str, found: int, ranks: int) -> UserError:
+    divisors = [str(n) for n in range(1, ranks + 1) if ranks % n == 0]
+    return UserError(
+        f"parallelism.{key}: expected a size that fits the {ranks} processes it divides ({', '.join(divisors)}), found "
+        f"{found}. Change it, or start another number of processes."
+    )
+
+
+def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
+    """The mesh ``[replicate, shard, tensor]``; a collective call on all ranks.
+
+    Args:
+        layout: of the run.
+        device_type: ``"cuda"`` or ``"cpu"``.
+    """
+    return init_device_mesh(device_type, (layout.replicate, layout.shard, layout.tensor), mesh_dim_names=MESH_NAMES)
+
+
+def data_rank(layout: Layout, rank: int) -> int:
+    """The rank among those that read samples of their own; the tensor dimension is the innermost of the mesh."""
+    return rank // layout.tensor
+
+
+_MEASURING: Mapping[str, str] = {
+    "influence": "takes gradients on the side",
+    "grape": "takes gradients on the side",
+    "aioli": "reads losses of the probes",
+    "skillit": "reads losses of the probes",
+    "doge": "takes gradients on the side",
+    "pike": "takes gradients on the side",
+    "rnb": "takes gradients on the side",
+    "doremi": "compares logits with a reference model's",
+}
+
+
+def check_together(config: RunConfig, layout: Layout, precision: str, *, on_gpu: bool = False) -> None:
+    """Refuse, before anything is built, what the layout cannot do. ``docs/parallelism.md`` has the matrix.
+
+    Args:
+        config: the run.
+        layout: of its processes.
+        precision: resolved: ``"fp32"``, ``"amp_bf16"`` or ``"amp_fp16"``.
+        on_gpu: whether it trains on CUDA.
+
+    Raises:
+        UserError: naming the key, the reason and what to use instead.
+    """
+    mixing, parallelism = config.algorithms.online_mixing, config.parallelism
+    if layout.engine != "replicas" and on_gpu and config.train_loader.device_microbatch_size == "auto":
+        raise UserError(
+            "train_loader.device_microbatch_size: Composer finds it by itself (auto) only for whole models. Set a "
+            "number of samples that fits into memory."
+        )
+    if layout.tensor > 1 or parallelism.tp is not None:
+        _check_tensor_parallel(config, layout)
+    casts = precision != "fp32" and _casts_parameters(parallelism)
+    if mixing is not None and casts and _MEASURING.get(mixing.strategy) == "takes gradients on the side":
+        forward = mixing.strategy == "grape" or (
+            mixing.strategy == "influence" and mixing.influence.scorer == "forward"
+        )
+        if forward:
+            raise UserError(
+                f"algorithms.online_mixing.strategy: '{mixing.strategy}' takes differences of nearly equal losses, for "
+                f"which parameters must stay float32, but FSDP casts them ({precision}). Set mixed_precision: FULL in "
+                "parallelism.fsdp2 (or fsdp), or influence.scorer=hook."
+            )
+    if parallelism.activation_checkpointing and (why := _watches_backward(config)) is not None:
+        raise UserError(
+            f"parallelism.activation_checkpointing: {why} watches the backward pass layer by layer, which "
+            "checkpointing runs twice. Switch one of the two off."
+        )
+
+
+def _check_tensor_parallel(config: RunConfig, layout: Layout) -> None:
+    mixing = config.algorithms.online_mixing
+    if mixing is not None and mixing.strategy in _MEASURING:
+        raise UserError(
+            f"algorithms.online_mixing.strategy: '{mixing.strategy}' {_MEASURING[mixing.strategy]}, which tensor "
+            "parallelism cuts across the vocabulary. Use compose.distributed=fsdp2, or a strategy that needs only "
+            "training losses (odm, ado) or none (static, proportional, unimax, schedule)."
+        )
+    if config.algorithms.influence_scores is not None:
+        raise UserError(
+            "algorithms.influence_scores: scores need whole layers, which tensor parallelism cuts. Use "
+            "compose.distributed=fsdp2, or leave them out."
+        )
+    if config.data.seq_len % layout.tensor:
+        raise UserError(
+            f"data.seq_len: expected a multiple of the tensor parallel degree ({layout.tensor}), since sequences are "
+            f"cut too, found {config.data.seq_len}. Use another degree."
+        )
+
+
+def _casts_parameters(parallelism: ParallelismConfig) -> bool:
+    settings = parallelism.fsdp2 or parallelism.fsdp
+    return settings is not None and settings.mixed_precision != "FULL"
+
+
+def _watches_backward(config: RunConfig) -> str | None:
+    mixing = config.algorithms.online_mixing
+    if config.algorithms.influence_scores is not None:
+        return "algorithms.influence_scores"
+    if mixing is not None and mixing.strategy == "influence" and mixing.influence.scorer == "hook":
+        return "algorithms.online_mixing.influence.scorer=hook"
+    return None
