@@ -54,14 +54,17 @@ from cheapertraining.mixing import (
     AioliStrategy,
     Constraints,
     DoGEStrategy,
+    DoGETargetStrategy,
     DoReMiStrategy,
     GRAPEStrategy,
     InfluenceStrategy,
+    MixingLawStrategy,
     MixtureController,
     ODMStrategy,
     OnlineMixing,
     PiKEStrategy,
     ProportionalStrategy,
+    RegMixStrategy,
     RnBStrategy,
     ScheduleStrategy,
     SkillItStrategy,
@@ -69,6 +72,7 @@ from cheapertraining.mixing import (
     Strategy,
     UniMaxStrategy,
 )
+from cheapertraining.mixing.offline import read_table, read_two_tables
 from cheapertraining.models import CausalLM, build_causal_lm
 from cheapertraining.models.sharded import build_spread
 from cheapertraining.observe import ConsoleLines, GracefulStop, JsonlLogger, MixtureSummary
@@ -286,8 +290,12 @@ def build_strategy(config: OnlineMixingConfig) -> Strategy:
     if config.strategy == "influence":
         own = config.influence
         return InfluenceStrategy(own.learning_rate, own.ema, own.threshold, own.update, own.robust, own.guard)
+    if config.strategy in ("mixing_law", "regmix"):
+        return build_fitted(config)
+    settings = asdict(getattr(config, config.strategy))  # Of one name and meaning.
+    if config.strategy == "doge":
+        return DoGETargetStrategy(**settings) if settings.pop("target") else DoGEStrategy(**settings)
     kinds: dict[str, Callable[..., Strategy]] = {
-        "doge": DoGEStrategy,
         "odm": ODMStrategy,
         "skillit": SkillItStrategy,
         "pike": PiKEStrategy,
@@ -295,7 +303,15 @@ def build_strategy(config: OnlineMixingConfig) -> Strategy:
         "grape": GRAPEStrategy,
         "aioli": AioliStrategy,
     }
-    return kinds[config.strategy](**asdict(getattr(config, config.strategy)))  # Settings of one name and meaning.
+    return kinds[config.strategy](**settings)
+
+
+def build_fitted(config: OnlineMixingConfig) -> Strategy:
+    """A strategy that is fitted to a table of runs."""
+    kind = {"mixing_law": MixingLawStrategy, "regmix": RegMixStrategy}[config.strategy]
+    settings = asdict(getattr(config, config.strategy))
+    path, losses = settings.pop("table"), settings.pop("losses")
+    return kind(read_table(path) if losses is None else read_two_tables(path, losses), **settings)
 
 
 def build_reference(config: RunConfig, path: str, tokenizer: TokenizerWrapper, precision: Precision) -> CausalLM:
@@ -321,7 +337,7 @@ def build_estimator(
     """What measures the influence of sources on the probes."""
     own = mixing.influence
     probes, weights = _steering_probes(config, mixing, loader)
-    metric = "raw" if mixing.strategy == "grape" else own.metric
+    metric = own.metric if mixing.strategy == "influence" else "raw"
     if own.scorer == "microbatch":
         names = loader.mixture.source_names
         return MicrobatchEstimator(
@@ -353,7 +369,7 @@ def _steering_probes(
 def split_by_source(spec: DataSpec, config: RunConfig) -> DataSpec:
     """``spec``, with microbatches of one source each where the mixture is measured on them."""
     mixing = config.algorithms.online_mixing
-    if mixing is not None and mixing.strategy in ("influence", "grape") and mixing.influence.scorer == "microbatch":
+    if mixing is not None and mixing.influence.scorer == "microbatch" and INFLUENCE in build_strategy(mixing).needs:
         spec.split_batch = source_microbatches  # type: ignore[assignment]  # batches are mappings of tensors here
     return spec
 

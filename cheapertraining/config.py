@@ -279,6 +279,8 @@ class DoGEConfig:
     max_score: Positive = 5.0
     smoothing: Share = 0.0
     """Share of the uniform mixture mixed in; likewise below."""
+    target: bool = False
+    """Aligned with the probes' gradients (out-of-domain mode) in place of the other sources'."""
 
 
 @dataclass
@@ -305,6 +307,8 @@ class PiKEConfig:
 
     signal: NonNegative = 0.1
     noise: NonNegative = 0.1
+    tilt: NonNegative = 0.0
+    """Above 0, the fair variant: towards the sources with the largest losses."""
 
 
 @dataclass
@@ -314,6 +318,8 @@ class RnBConfig:
     temperature: Positive = 0.1
     target: dict[str, NonNegative] | None = None
     """null is the weights at the start."""
+    ema: Annotated[float, between(0, 0.999999)] = 0.0
+    """Share of the old gradients' products kept at each decision."""
 
 
 @dataclass
@@ -355,6 +361,32 @@ class SkillItConfig:
 
 
 @dataclass
+class MixingLawConfig:
+    """The optimum of a law that is fitted to finished runs (tools/fit_mixing_law.py collects and judges them)."""
+
+    table: str | None = None
+    """CSV or JSON lines with weight/<source> and loss/<target> columns, a row a run."""
+    losses: str | None = None
+    """In RegMix's layout: the second CSV file, of losses; ``table`` then is that of the mixtures."""
+    targets: dict[str, Positive] | None = None
+    """Weights of the targets that count; null is all, equally."""
+    kl: NonNegative = 0.1
+    """Price of a nat from the weights at the start, in loss."""
+    max_epochs: Positive | None = 4.0
+    """Passes over a source by the end of the run."""
+
+
+@dataclass
+class RegMixConfig:
+    """The same by boosted trees."""
+
+    table: str | None = None
+    losses: str | None = None
+    targets: dict[str, Positive] | None = None
+    max_epochs: Positive | None = 4.0
+
+
+@dataclass
 class OnlineMixingConfig:
     """Changes the mixture while it trains."""
 
@@ -373,6 +405,8 @@ class OnlineMixingConfig:
         "rnb",
         "grape",
         "aioli",
+        "mixing_law",
+        "regmix",
     ] = "influence"
     interval: Annotated[str, duration("ba")] = "25ba"
     """Batches between two decisions."""
@@ -393,6 +427,8 @@ class OnlineMixingConfig:
     rnb: RnBConfig = field(default_factory=RnBConfig)
     grape: GRAPEConfig = field(default_factory=GRAPEConfig)
     aioli: AioliConfig = field(default_factory=AioliConfig)
+    mixing_law: MixingLawConfig = field(default_factory=MixingLawConfig)
+    regmix: RegMixConfig = field(default_factory=RegMixConfig)
 
 
 @dataclass
@@ -993,6 +1029,11 @@ def _measuring_problems(mixing: OnlineMixingConfig, data: DataConfig) -> Problem
     if own.scorer == "microbatch" and own.metric not in ("raw", "adam", "cosine"):
         why = f"scorer 'microbatch' sees no sample's gradient alone: expected raw or adam, found '{own.metric}'."
         problems.append((f"{key}.metric", why))
+    if mixing.strategy == "doge" and mixing.doge.target and not data.probes:
+        problems.append(("data.probes", "strategy 'doge' with a target steers towards probes: name at least one."))
+    if mixing.strategy in ("mixing_law", "regmix") and getattr(mixing, mixing.strategy).table is None:
+        why = "expected a table of finished runs; `tools/fit_mixing_law.py collect` makes one."
+        problems.append((f"algorithms.online_mixing.{mixing.strategy}.table", why))
     for name in (own.probes or {}).keys() - data.probes.keys():
         problems.append((f"{key}.probes.{name}", f"no such probe in data.probes.{nearest(name, data.probes)}"))
     if own.probes is not None and not sum(own.probes.values()) > 0:

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 _UNITS = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _TRUSTED = 0.5
-_SIMULATED, _AVERAGED = 20_000, 100
 
 
 # ---- what the command line says ------------------------------------------------------------------------------
@@ -136,10 +135,10 @@ class Proposal:
 def _by_law(
     table: RunTable, v: Array, prior: Array, bounds: tuple[Array, Array], given: argparse.Namespace
 ) -> Proposal:
-    from cheapertraining.mixing.offline import bootstrap, cross_validate, fit_law, optimal_mixture
+    from cheapertraining.mixing.offline import bootstrap, cross_validate, fit_law, propose_by_laws
 
-    laws = [fit_law(table.weights, table.losses[:, m]) for m in range(len(table.targets))]
-    best = optimal_mixture(laws, prior, *bounds, kl=given.kl, target_weights=v)
+    best = propose_by_laws(table, prior, bounds, kl=given.kl, target_weights=v)
+    laws = best.models
     draws = bootstrap(
         table,
         laws,
@@ -149,14 +148,14 @@ def _by_law(
         within=(prior, *bounds, given.kl),
     )
     gains = draws.losses(prior) - draws.losses(best.weights)
-    at_prior = float(np.average([float(law.predict(prior)) for law in laws], weights=v))
+    at_prior, loss = best.predict(prior), best.predict(best.weights)
     return Proposal(
         method="law",
         weights=best.weights,
         interval=np.quantile(draws.optima, [0.05, 0.95], axis=0),
-        loss=best.loss,
+        loss=loss,
         loss_at_prior=at_prior,
-        gain=(at_prior - best.loss, *np.quantile(gains, [0.05, 0.95]).tolist()),
+        gain=(at_prior - loss, *np.quantile(gains, [0.05, 0.95]).tolist()),
         checked=cross_validate(table, fit_law, seed=given.seed),
         coefficients={
             target: {"floor": law.floor, "exponents": dict(zip(table.sources, law.exponents.tolist(), strict=True))}
@@ -168,25 +167,17 @@ def _by_law(
 def _by_trees(
     table: RunTable, v: Array, prior: Array, bounds: tuple[Array, Array], given: argparse.Namespace
 ) -> Proposal:
-    from cheapertraining.mixing.offline import best_simulated, cross_validate, fit_boosted_trees, sample_mixtures
+    from cheapertraining.mixing.offline import cross_validate, fit_boosted_trees, propose_by_trees
 
-    fit = functools.partial(fit_boosted_trees, seed=given.seed)
-    models = [fit(table.weights, table.losses[:, m]) for m in range(len(table.targets))]
-    lower, upper = bounds
-    simulated = sample_mixtures(prior, _SIMULATED, lower=lower, upper=upper, seed=given.seed)
-    weights, chosen = best_simulated(models, simulated, best=_AVERAGED, target_weights=v)
-
-    def predicted(mixture: Array) -> float:
-        return float(np.average([model.predict(mixture[None])[0] for model in models], weights=v))
-
+    best = propose_by_trees(table, prior, bounds, target_weights=v, seed=given.seed)
     return Proposal(
         method="regmix",
-        weights=weights,
-        interval=np.quantile(chosen, [0.05, 0.95], axis=0),
-        loss=predicted(weights),
-        loss_at_prior=predicted(prior),
+        weights=best.weights,
+        interval=np.quantile(best.candidates, [0.05, 0.95], axis=0),
+        loss=best.predict(best.weights),
+        loss_at_prior=best.predict(prior),
         gain=None,
-        checked=cross_validate(table, fit, folds=5, seed=given.seed),
+        checked=cross_validate(table, functools.partial(fit_boosted_trees, seed=given.seed), folds=5, seed=given.seed),
         coefficients={},
     )
 

@@ -17,6 +17,7 @@ from cheapertraining.mixing import (
     ADOStrategy,
     AioliStrategy,
     DoGEStrategy,
+    DoGETargetStrategy,
     DoReMiStrategy,
     GRAPEStrategy,
     ODMStrategy,
@@ -129,6 +130,54 @@ def test_pike_by_hand() -> None:
     norms = np.array([9 - 2, 2 - 1, 5])
     expected = weights * np.exp(0.1 * norms - 0.2 / (2 * 8) * variances)
     np.testing.assert_allclose(wish, expected / expected.sum(), rtol=1e-12)
+
+
+def test_fair_pike_is_pike_on_the_tilted_loss() -> None:
+    """Losses 2, 3, 4 and tilt log 2: y = 1/7, 2/7, 4/7. Outside reference for y: the tilted loss's derivative."""
+    found = gradients(VECTORS, np.array([8.0, 4.0, 0.0]))
+    strategy = ready(PiKEStrategy(0.1, 0.2, tilt=math.log(2)))
+    wish = proposed(strategy, signals(gradients=found))
+    shares = 3 * np.array([1, 2, 4]) / 7
+    losses, step = np.array([2.0, 3.0, 4.0]), 1e-6
+    for k, share in enumerate(shares):
+        ahead, behind = (losses + sign * step * np.eye(3)[k] for sign in (1, -1))
+        slope = (np.log(np.exp2(ahead).mean()) - np.log(np.exp2(behind).mean())) / math.log(2) / (2 * step)
+        assert 3 * slope == pytest.approx(share, rel=1e-6)
+    exponents = shares**2 * (0.1 * np.array([7, 1, 5]) - 0.2 / 16 * np.array([8, 4, 0]))
+    np.testing.assert_allclose(wish, softmax(exponents), rtol=1e-12)
+    # A source that did not come keeps its last loss, also across a resume.
+    again = ready(PiKEStrategy(0.1, 0.2, tilt=math.log(2)))
+    again.load_state_dict(json.loads(json.dumps(strategy.state_dict())))
+    wish = proposed(again, signals(losses=np.array([math.nan, 3.0, math.nan]), gradients=found))
+    np.testing.assert_allclose(wish, softmax(exponents), rtol=1e-12)
+
+
+def test_doge_towards_probes_is_aligned_with_them() -> None:
+    """Scores on two probes of weights 1/2: 1, -1, 40 in the mean; over the mean norm; the last is clipped."""
+    scores = np.array([[2.0, 0.0, 40.0], [0.0, -2.0, 40.0]])
+    weights = np.array([0.5, 0.3, 0.2])
+    norm = (3 + math.sqrt(2) + math.sqrt(5)) / 3
+    strategy = ready(DoGETargetStrategy(mu=0.5))
+    found = measured(NAMES, scores, np.zeros((2, 3)))
+    given = signals(10, weights, gradients=gradients(VECTORS), influence=found, learning_rate=0.1)
+    wish = proposed(strategy, given)
+    expected = weights * np.exp([0.1 / norm / 0.5, 0.0, 0.1 * 5 / 0.5])
+    np.testing.assert_allclose(wish, expected / expected.sum(), rtol=1e-12)
+    assert strategy.propose(signals(12, weights, gradients=gradients(VECTORS))) is None
+    assert strategy.state_dict()["last_batch"] == 10
+
+
+def test_rnb_averages_its_matrix() -> None:
+    """A moving average of 2 and of 4 times G, corrected for its start: (0.25 * 1 * 2 + 0.5 * 4) / 0.75."""
+    strategy = ready(RnBStrategy(2.0, {"a": 3, "c": 3}, ema=0.5))
+    one, other = (gradients(math.sqrt(size) * VECTORS) for size in (2, 4))
+    np.testing.assert_allclose(proposed(strategy, signals(gradients=one)), softmax([3, 2, 1]), rtol=1e-9)
+    factor = (0.25 * 2 + 0.5 * 4) / 0.75
+    resumed = ready(RnBStrategy(2.0, {"a": 3, "c": 3}, ema=0.5))
+    resumed.load_state_dict(json.loads(json.dumps(strategy.state_dict())))
+    for each in (strategy, resumed):
+        wish = proposed(each, signals(gradients=other))
+        np.testing.assert_allclose(wish, softmax(factor * np.array([1.5, 1, 0.5])), rtol=1e-9)
 
 
 def test_rnb_by_hand() -> None:

@@ -15,6 +15,7 @@ from cheapertraining.mixing.offline.fidelity import (
 )
 from cheapertraining.mixing.offline.law import LogLinearLaw, fit_law
 from cheapertraining.mixing.offline.optimum import Optimum, mixture_bounds, optimal_mixture
+from cheapertraining.mixing.offline.proposal import ProposedMixture, propose_by_laws, propose_by_trees
 from cheapertraining.mixing.offline.swarm import sample_mixtures
 from cheapertraining.mixing.offline.table import RunTable, read_table, read_two_tables
 
@@ -24,6 +25,7 @@ __all__ = [
     "CrossValidation",
     "LogLinearLaw",
     "Optimum",
+    "ProposedMixture",
     "RunTable",
     "best_simulated",
     "bootstrap",
@@ -33,6 +35,8 @@ __all__ = [
     "mixture_bounds",
     "optimal_mixture",
     "pearson",
+    "propose_by_laws",
+    "propose_by_trees",
     "read_table",
     "read_two_tables",
     "sample_mixtures",

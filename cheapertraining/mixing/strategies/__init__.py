@@ -3,10 +3,11 @@
 
 from cheapertraining.mixing.strategies.ado import ADOStrategy
 from cheapertraining.mixing.strategies.aioli import AioliStrategy
-from cheapertraining.mixing.strategies.doge import DoGEStrategy
+from cheapertraining.mixing.strategies.doge import DoGEStrategy, DoGETargetStrategy
 from cheapertraining.mixing.strategies.doremi import DoReMiStrategy
 from cheapertraining.mixing.strategies.grape import GRAPEStrategy
 from cheapertraining.mixing.strategies.influence import InfluenceStrategy
+from cheapertraining.mixing.strategies.mixing_law import MixingLawStrategy, RegMixStrategy
 from cheapertraining.mixing.strategies.odm import ODMStrategy
 from cheapertraining.mixing.strategies.pike import PiKEStrategy
 from cheapertraining.mixing.strategies.proportional import ProportionalStrategy
@@ -20,12 +21,15 @@ __all__ = [
     "ADOStrategy",
     "AioliStrategy",
     "DoGEStrategy",
+    "DoGETargetStrategy",
     "DoReMiStrategy",
     "GRAPEStrategy",
     "InfluenceStrategy",
+    "MixingLawStrategy",
     "ODMStrategy",
     "PiKEStrategy",
     "ProportionalStrategy",
+    "RegMixStrategy",
     "RnBStrategy",
     "ScheduleStrategy",
     "SkillItStrategy",

@@ -13,7 +13,11 @@ sources are sampled by their weights instead of weighting their gradients, and g
 before their products are taken. The method's result is the average of the weights over a proxy run; online, the
 weights themselves are used.
 
-Cost: a ``GRAM`` measurement a decision, a forward and backward pass over ``K * source_samples`` samples.
+Out-of-domain mode (`DoGETargetStrategy`), for probes that are no sources: ``s_k = <g_k, g_T> / mean_j |g_j|`` with
+``g_T`` the gradient of the probes' weighted loss.
+
+Cost: a ``GRAM`` measurement a decision, a forward and backward pass over ``K * source_samples`` samples;
+with probes, an ``INFLUENCE`` measurement of the same samples as well.
 """
 
 from __future__ import annotations
@@ -24,10 +28,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cheapertraining.errors import UserError
-from cheapertraining.mixing.signals import GRAM, Array, Signals, SourceInfo
+from cheapertraining.mixing.signals import GRAM, INFLUENCE, Array, Signals, SourceInfo
 from cheapertraining.mixing.strategies.base import exponentiated
 
-__all__ = ["DoGEStrategy"]
+__all__ = ["DoGEStrategy", "DoGETargetStrategy"]
 
 _VERSION = 1
 _KEY = "algorithms.online_mixing.doge"
@@ -65,17 +69,35 @@ class DoGEStrategy:
         measured = signals.gradients
         if measured is None or not np.isfinite(measured.products).all():
             return None
+        aligned = self._alignment(signals, measured.products)
+        if aligned is None:
+            return None
         batches = 1 if self._last_batch is None else signals.batch - self._last_batch
         self._last_batch = signals.batch
         norms = np.sqrt(np.diag(measured.products))
-        others = measured.products.sum(axis=1) - np.diag(measured.products)
-        scores = np.clip(others / max(float(norms.mean()), np.finfo(np.float64).tiny), 0.0, self.max_score)
+        scores = np.clip(aligned / max(float(norms.mean()), float(np.finfo(np.float64).tiny)), 0.0, self.max_score)
         rate = 1.0 if signals.learning_rate is None else signals.learning_rate
         wish = exponentiated(signals.sampling_weights, batches * rate * scores / self.mu)
         return (1 - self.smoothing) * wish + self.smoothing / len(wish)
+
+    def _alignment(self, signals: Signals, products: Array) -> Array | None:
+        """Products of each source's gradient with what it is to help, ``[K]``."""
+        return np.asarray(products.sum(axis=1) - np.diag(products))
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": _VERSION, "last_batch": self._last_batch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._last_batch = None if state["last_batch"] is None else int(state["last_batch"])
+
+
+class DoGETargetStrategy(DoGEStrategy):
+    """Moves weight by the alignment with the probes; see the module's text. Arguments and errors are the same."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({GRAM, INFLUENCE})
+
+    def _alignment(self, signals: Signals, products: Array) -> Array | None:
+        measured = signals.influence
+        if measured is None or not np.isfinite(measured.scores).all():
+            return None
+        return np.asarray(measured.direction_weights @ measured.scores)
