@@ -219,3 +219,5 @@ def test_two_ranks_decide_what_one_does(tiny_sample: Path, tmp_path: Path) -> No
         assert tokens == alone["controller"]["totals"][source][1]
         assert losses == pytest.approx(alone["controller"]["totals"][source][0], rel=1e-4)
     assert len(lines(tmp_path / "ledger.jsonl")) == 2
+    for name, values in first["told"].items():
+        np.testing.assert_allclose(values, alone["told"][name], rtol=2e-3, atol=1e-6, err_msg=name)
