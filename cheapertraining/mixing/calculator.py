@@ -3,7 +3,13 @@
     calculator = MixtureWeightCalculator(model, probe_dataloaders=loader.probes)
     optimizer = InfluenceAwareOptimizer(optimizer, calculator, loader.mixture, update_interval=100)
 
-The same controller, strategy and constraints as in ``OnlineMixing``, Composer's algorithm.
+The same controller, strategies and constraints as in ``OnlineMixing``, Composer's algorithm. Any strategy but
+``influence`` is handed over ready-made, and what it looks at is measured when an update is due; one that looks at
+training losses is told them:
+
+    calculator = MixtureWeightCalculator(model, strategy=ODMStrategy())
+    ...
+    calculator.record(batch, logits)                   # after each forward pass
 """
 
 from __future__ import annotations
@@ -12,19 +18,27 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from cheapertraining.errors import UserError
-from cheapertraining.influence.scorers import SourceInfluence
-from cheapertraining.influence.scorers.forward import check_precision
-from cheapertraining.influence.scorers.sources import SourceEstimator
+from cheapertraining.influence.losses import token_losses
+from cheapertraining.influence.model_access import model_losses
+from cheapertraining.influence.ranks import sum_over_ranks
 from cheapertraining.influence.settings import InfluenceConfig
 from cheapertraining.mixing.agreement import agreed
 from cheapertraining.mixing.constraints import Constraints
 from cheapertraining.mixing.controller import MixtureController
+from cheapertraining.mixing.measuring import Measured, Measuring, check_forward
+from cheapertraining.mixing.signals import (
+    INFLUENCE,
+    LOSSES,
+    PROBE_LOSSES,
+    REFERENCE,
+    Strategy,
+)
 from cheapertraining.mixing.strategies import InfluenceStrategy
 
 __all__ = ["MixtureWeightCalculator", "create_mixture_calculator"]
@@ -47,9 +61,13 @@ class MixtureWeightCalculator:
         probe_weights: weight of each probe's loss in the objective, by name, on any scale; default equal.
         horizon_tokens: tokens (padding included) of the whole run, from which caps on passes over a source are spread
             over the run; default: the mixture enforces its caps, but they are not looked ahead to.
+        strategy: decides; default ``InfluenceStrategy`` with the settings of ``influence_config``. Sample counts,
+            layers and bounds are that config's for every strategy.
+        reference: model over the same tokens, for a strategy that compares with one (``DoReMiStrategy``); frozen here.
 
     Raises:
-        UserError: no module, no probe, or a probe without a length.
+        UserError: no module, no probe where the strategy steers towards probes, a probe without a length, or no
+            reference model for a strategy that needs one.
     """
 
     def __init__(
@@ -61,6 +79,8 @@ class MixtureWeightCalculator:
         probe_dataloaders: Probes | None = None,
         probe_weights: Mapping[str, float] | None = None,
         horizon_tokens: int | None = None,
+        strategy: Strategy | None = None,
+        reference: nn.Module | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise UserError(
@@ -69,10 +89,22 @@ class MixtureWeightCalculator:
             )
         self.model = model
         self.influence_config = InfluenceConfig.of(influence_config)
-        self.probes = _named_probes(probe_dataloader, probe_dataloaders)
+        needs = InfluenceStrategy.needs if strategy is None else strategy.needs
+        steered = bool(needs & {INFLUENCE, PROBE_LOSSES})
+        given = probe_dataloader is not None or probe_dataloaders is not None
+        self.probes = _named_probes(probe_dataloader, probe_dataloaders) if steered or given else {}
+        if REFERENCE in needs and reference is None:
+            raise UserError(
+                "MixtureWeightCalculator: reference: expected the model that the strategy compares with, found None."
+            )
+        self.reference = None if reference is None else reference.eval().requires_grad_(False)
         self.probe_weights = probe_weights
         self.horizon_tokens = horizon_tokens
-        self._parts: tuple[MixtureController, SourceEstimator] | None = None
+        self.strategy = strategy
+        self._parts: tuple[MixtureController, Measuring] | None = None
+        self._recorded = False
+        # float64 [2 or 3, K], losses, tokens and excess losses by source of this rank, not yet the controller's.
+        self._pending: torch.Tensor | None = None
 
     @property
     def controller(self) -> MixtureController:
@@ -84,7 +116,8 @@ class MixtureWeightCalculator:
         return self._attached()[0]
 
     def attach(self, mixture: Any, *, learning_rate: float = 0.2, interval: int = 1000) -> None:
-        """Begin with a mixture; ``InfluenceAwareOptimizer`` does it.
+        """Begin with a mixture; ``InfluenceAwareOptimizer`` does it. The weights of a strategy that looks at nothing
+        hold from the mixture's first batch.
 
         Args:
             mixture: a ``cheapertraining.data.MixedDataset``, or what has its methods.
@@ -101,48 +134,72 @@ class MixtureWeightCalculator:
                 f"{type(mixture).__name__} (without {', '.join(missing)})."
             )
         config = self.influence_config
-        if config.scorer == "forward":
-            _check_forward(self.model)
+        strategy = self.strategy or InfluenceStrategy(learning_rate, config.ema, config.threshold)
+        if INFLUENCE in strategy.needs and config.scorer == "forward":
+            check_forward(self.model)
         controller = MixtureController(
             mixture,
-            InfluenceStrategy(learning_rate, config.ema, config.threshold),
+            strategy,
             Constraints(config.floor, config.ceiling, config.kl_step),
             interval=interval,
             warmup=0,
             horizon_tokens=self.horizon_tokens or 0,
         )
-        estimator = SourceEstimator(
-            mixture,
-            self.probes,
-            self.probe_weights,
-            probe_samples=config.probe_samples,
-            source_samples=config.source_samples,
-            metric=config.metric,
-            scorer=config.scorer,
-            damping=config.lambda_reg,
-            step_size=config.step_size,
-            seed=config.seed,
-            combine=config.combine,
-        )
-        self._parts = controller, estimator
+        self._parts = controller, Measuring.of(config, strategy.needs, mixture, self.probes, self.probe_weights)
+        if mixture.consumed == 0:
+            controller.start()
+
+    def record(self, batch: Mapping[str, Any], logits: torch.Tensor) -> None:
+        """Take note of the training losses of a batch, for strategies that look at them; on every rank, each batch.
+
+        Args:
+            batch: with ``labels`` int64 ``[B, S]`` and ``source`` int64 ``[B]``, and what the reference model needs.
+            logits: ``[B, S, vocabulary]``, of the model as it trains; position ``t`` predicts label ``t + 1``.
+
+        Raises:
+            UserError: the batch has no ``source``.
+        """
+        if "source" not in batch:
+            raise UserError(
+                f"MixtureWeightCalculator.record: expected 'source' in the batch, found {', '.join(sorted(batch))}. "
+                "Load with a mixture of sources."
+            )
+        with torch.no_grad():
+            losses, counted = token_losses(logits.detach(), batch["labels"])
+            rows = [losses.double().sum(dim=1), counted.double().sum(dim=1)]
+            if self.reference is not None:
+                other, _ = model_losses(self.reference, batch)
+                rows.append((losses.double() - other.double()).clamp(min=0).sum(dim=1))
+        source = batch["source"].to(losses.device)
+        sums = torch.zeros(len(rows), len(self.controller.source_names), dtype=torch.float64, device=losses.device)
+        sums.index_add_(1, source, torch.stack(rows))
+        self._pending = sums if self._pending is None else self._pending + sums
+        self._recorded = True
 
     def update(self, optimizer: Optimizer | None = None) -> dict[str, float]:
         """Measure and decide; new weights count ``lag`` batches from now. Call it on all ranks, between steps.
 
         Args:
-            optimizer: read where the metric is ``adam``, and for the prediction of what the update does.
+            optimizer: read where the metric is ``adam``, by strategies whose steps are in its unit, and for the
+                prediction of what the update does.
 
         Returns:
             The newest weights of the mixture, by source.
 
         Raises:
-            UserError: a loss or a score is not finite, or the model cannot be measured. Weights, model and the
+            UserError: a loss or a score is not finite, the model cannot be measured, or the strategy looks at training
+                losses and none was recorded. Weights, model and the
                 calculator's own state are then as before.
         """
         with self._restored(only_on_failure=True):
-            weights, measured = self._decide(optimizer)
-            learning_rate = None if optimizer is None else float(optimizer.param_groups[0]["lr"])
-            self.controller.commit(self.controller.mixture.consumed, weights, measured, learning_rate)
+            weights, found = self._decide(optimizer)
+            self.controller.commit(
+                self.controller.mixture.consumed,
+                weights,
+                found.influence,
+                _learning_rate(optimizer),
+                probe_losses=found.probe_losses,
+            )
         return self.controller.mixture.get_current_weights()
 
     def compute_mixture_weights(self, optimizer: Optimizer | None = None) -> dict[str, float]:
@@ -157,11 +214,12 @@ class MixtureWeightCalculator:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state: what the next decision depends on, besides the mixture and the model."""
-        controller, estimator = self._attached()
+        self._flush()
+        controller, measuring = self._attached()
         return {
             "version": _STATE_VERSION,
             "controller": controller.state_dict(),
-            "estimator": estimator.state_dict(),
+            "estimator": None if measuring.estimator is None else measuring.estimator.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -170,11 +228,13 @@ class MixtureWeightCalculator:
         Raises:
             UserError: the state is of other sources.
         """
-        controller, estimator = self._attached()
+        controller, measuring = self._attached()
         controller.load_state_dict(state["controller"])
-        estimator.load_state_dict(state["estimator"])
+        if measuring.estimator is not None and state["estimator"] is not None:
+            measuring.estimator.load_state_dict(state["estimator"])
+        self._pending = None
 
-    def _attached(self) -> tuple[MixtureController, SourceEstimator]:
+    def _attached(self) -> tuple[MixtureController, Measuring]:
         if self._parts is None:
             raise UserError(
                 "MixtureWeightCalculator: no mixture to measure yet. Pass it to InfluenceAwareOptimizer with the "
@@ -182,17 +242,29 @@ class MixtureWeightCalculator:
             )
         return self._parts
 
-    def _decide(self, optimizer: Optimizer | None) -> tuple[dict[str, float] | None, SourceInfluence]:
-        controller, estimator = self._attached()
-        measured = estimator.measure(
-            self.model,
-            optimizer,
-            update_index=controller.measurements,
-            microbatch_size=self.influence_config.microbatch_size,
+    def _flush(self) -> None:
+        """Hand what was recorded over to the controller, summed over the ranks."""
+        if self._pending is not None:
+            sum_over_ranks(self._pending)
+            self.controller.record(*self._pending.cpu().numpy())
+            self._pending = None
+
+    def _decide(self, optimizer: Optimizer | None) -> tuple[dict[str, float] | None, Measured]:
+        controller, measuring = self._attached()
+        if controller.strategy.needs & {LOSSES, REFERENCE} and not self._recorded:
+            raise UserError(
+                f"strategy '{controller.strategy.name}' looks at training losses, and none was recorded since training "
+                "(re)started. Call MixtureWeightCalculator.record(batch, logits) after each forward pass."
+            )
+        found = measuring.measure(self.model, optimizer, controller.measurements, self.influence_config.microbatch_size)
+        wish = controller.propose(
+            controller.mixture.consumed,
+            found.influence,
+            _learning_rate(optimizer),
+            gradients=found.gradients,
+            probe_losses=found.probe_losses,
         )
-        _check_finite(measured)
-        wish = controller.propose(controller.mixture.consumed, measured)
-        return agreed(wish, controller.source_names), measured
+        return agreed(wish, controller.source_names), found
 
     @contextlib.contextmanager
     def _restored(self, *, only_on_failure: bool = False) -> Iterator[None]:
@@ -212,9 +284,16 @@ def create_mixture_calculator(
     model: nn.Module,
     probe_dataloader: DataLoader[Any] | Probes | None = None,
     config: InfluenceConfig | Mapping[str, Any] | None = None,
+    *,
+    strategy: Strategy | None = None,
+    reference: nn.Module | None = None,
 ) -> MixtureWeightCalculator:
     """Make a :class:`MixtureWeightCalculator`; its name as a function, as other packages call it."""
-    return MixtureWeightCalculator(model, probe_dataloader, config)
+    return MixtureWeightCalculator(model, probe_dataloader, config, strategy=strategy, reference=reference)
+
+
+def _learning_rate(optimizer: Optimizer | None) -> float | None:
+    return None if optimizer is None else float(optimizer.param_groups[0]["lr"])
 
 
 def _named_probes(one: DataLoader[Any] | Probes | None, several: Probes | None) -> dict[str, DataLoader[Any]]:
@@ -234,25 +313,3 @@ def _named_probes(one: DataLoader[Any] | Probes | None, several: Probes | None) 
                 f"{type(loader).__name__} over {type(dataset).__name__}. Use get_loader(...).probes."
             )
     return probes  # type: ignore[return-value]  # checked just now
-
-
-def _check_forward(model: nn.Module) -> None:
-    """Say now, and not at the first update, that forward passes cannot measure this model."""
-    try:
-        check_precision(model)
-    except UserError as error:
-        raise UserError(f"{error} Or measure by a backward pass: InfluenceConfig(scorer='hook').") from error
-
-
-def _check_finite(measured: SourceInfluence) -> None:
-    stays = "The mixture's weights stay as they were."
-    for name, loss in zip(measured.probes, measured.probe_losses, strict=True):
-        if not np.isfinite(loss):
-            raise UserError(f"probe '{name}': expected a finite loss, found {loss}: the model has diverged. {stays}")
-    for direction, scores, errors in zip(measured.directions, measured.scores, measured.errors, strict=True):
-        for source, score, error in zip(measured.sources, scores, errors, strict=True):
-            if not (np.isfinite(score) and np.isfinite(error)):
-                raise UserError(
-                    f"influence of source '{source}' on probe '{direction}': expected a finite number, found {score} "
-                    f"(standard error {error}). {stays}"
-                )

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from cheapertraining.errors import UserError
 from cheapertraining.influence import InfluenceConfig
 from cheapertraining.mixing.calculator import MixtureWeightCalculator
+from cheapertraining.mixing.signals import Strategy
 
 __all__ = ["InfluenceTracker", "create_influence_tracker"]
 
@@ -28,6 +29,8 @@ class InfluenceTracker:
         model: what is trained.
         mixed_dataset: the mixture; None switches the tracker off.
         probe_dataloaders: the probes by name, or a single one.
+        strategy, reference: as of :class:`~cheapertraining.mixing.MixtureWeightCalculator`, default ``influence``. For
+            one that looks at training losses, call ``tracker.calculator.record`` after each forward pass.
 
     Raises:
         UserError: an unknown setting, no probe, or a mixture that cannot be measured.
@@ -39,6 +42,9 @@ class InfluenceTracker:
         model: nn.Module,
         mixed_dataset: Any | None,
         probe_dataloaders: Mapping[str, DataLoader[Any]] | DataLoader[Any] | None = None,
+        *,
+        strategy: Strategy | None = None,
+        reference: nn.Module | None = None,
     ) -> None:
         settings = dict(config.get(_KEY) or {})
         self.enabled = bool(settings.pop("enabled", False)) and mixed_dataset is not None
@@ -60,7 +66,9 @@ class InfluenceTracker:
                 f"{_KEY}.metric: 'adam' needs the optimizer, which the tracker does not see. Wrap it in "
                 "InfluenceAwareOptimizer instead, or use another metric."
             )
-        self.calculator = MixtureWeightCalculator(model, probe_dataloaders, chosen)
+        self.calculator = MixtureWeightCalculator(
+            model, probe_dataloaders, chosen, strategy=strategy, reference=reference
+        )
         self.calculator.attach(mixed_dataset, learning_rate=learning_rate, interval=self.update_interval)
 
     @property
@@ -120,6 +128,9 @@ def create_influence_tracker(
     model: nn.Module,
     mixed_dataset: Any | None,
     probe_dataloaders: Mapping[str, DataLoader[Any]] | DataLoader[Any] | None = None,
+    *,
+    strategy: Strategy | None = None,
+    reference: nn.Module | None = None,
 ) -> InfluenceTracker:
     """Make an :class:`InfluenceTracker`; its name as a function, as other packages call it."""
-    return InfluenceTracker(config, model, mixed_dataset, probe_dataloaders)
+    return InfluenceTracker(config, model, mixed_dataset, probe_dataloaders, strategy=strategy, reference=reference)
