@@ -10,7 +10,7 @@ autograd makes of whole logits; "chunked" takes hidden states. Top-k is 32 ids a
 turns with its baselines, and the figure is the ratio of CPU times (of the process) in the same turn: median [quartiles]
 over the turns. Memory is the peak of a process of its own beyond both models, their gradients and the batch, over that
 of the plain step. Liger's chunked loss is measured where `liger_kernel` is installed. All three vocabularies take some
-15 CPU-minutes; `--quick` (one turn, the first vocabulary, 2 rows of 64, no memory) seconds.
+20 CPU-minutes; `--quick` (one turn, the first vocabulary, 2 rows of 64, no memory) seconds.
 """
 
 from __future__ import annotations
@@ -144,6 +144,15 @@ def _chunked(setting: Setting, targets: Callable[[Setting], Targets | None], **o
     loss.total.backward()
 
 
+def _checkpointed(setting: Setting) -> None:
+    """With the activations of the student's layers computed again in the backward pass."""
+    setting.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        _chunked(setting, _live_states)
+    finally:
+        setting.student.gradient_checkpointing_disable()
+
+
 @torch.no_grad()
 def _live_logits(setting: Setting) -> Targets:
     return DenseTargets(setting.teacher(input_ids=setting.ids).logits)
@@ -194,6 +203,7 @@ CASES = {
     "KL, live teacher, chunked, with statistics": Case(
         lambda setting: _chunked(setting, _live_states, statistics=True)
     ),
+    "KL, live teacher, chunked, layers checkpointed": Case(_checkpointed, memory=0.40),
     "KL, live teacher, Liger's chunked loss": Case(_liger),
     "top-32 and tail, cached, full": Case(lambda setting: _full(setting, lambda s: s.top_k)),
     "top-32 and tail, cached, chunked": Case(lambda setting: _chunked(setting, lambda s: s.top_k), time=1.05),
