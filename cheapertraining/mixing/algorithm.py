@@ -142,8 +142,10 @@ class OnlineMixing(Algorithm):
             self._add_microbatch(state.batch, state.outputs, self._excess(state))
         elif event == Event.BATCH_END:
             self._end_batch(state, logger)
-        if isinstance(self.estimator, MicrobatchEstimator) and event != Event.FIT_START:
+        if isinstance(self.estimator, MicrobatchEstimator) and event not in (Event.FIT_START, Event.BATCH_END):
+            started = time.perf_counter()
             self._watch(event, state, self.estimator)
+            self._mixing_seconds += time.perf_counter() - started
 
     def _watch(self, event: Event, state: State, estimator: MicrobatchEstimator) -> None:
         """Let the estimator see each training pass."""

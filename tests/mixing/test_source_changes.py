@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from cheapertraining.config import load_run_config
+from cheapertraining.data import MixtureLoader, get_loader
 from cheapertraining.data.plan import Exhausted, MixturePlan, carried_over
 from cheapertraining.errors import UserError
+from cheapertraining.influence import InfluenceAwareOptimizer
 from cheapertraining.influence.scorers.gram import SourceGradients
 from cheapertraining.mixing import (
     ADOStrategy,
@@ -25,6 +29,7 @@ from cheapertraining.mixing import (
     GRAPEStrategy,
     InfluenceStrategy,
     MixtureController,
+    MixtureWeightCalculator,
     ODMStrategy,
     PiKEStrategy,
     ProbeReading,
@@ -36,6 +41,7 @@ from cheapertraining.mixing import (
     UniMaxStrategy,
 )
 from cheapertraining.training import train
+from tests.influence.plain_run import tiny_model
 from tests.mixing.plan_mixture import PlanMixture, measured
 
 OLD = {"a": [40, 30], "b": [25], "c": [50]}
@@ -350,6 +356,35 @@ def test_a_run_goes_on_with_other_sources(tiny_sample: Path, tmp_path: Path) -> 
     (folder / "checkpoints/latest-rank0.pt").symlink_to("ep0-ba4-rank0.pt")
     train(load_run_config(new, changed))
     assert [json.loads(line) for line in (folder / "mixture.jsonl").read_text().splitlines()] == ledger
+
+
+def test_a_plain_loop_goes_on_with_other_sources(tiny_sample: Path, tmp_path: Path) -> None:
+    def loop(sources: dict[str, float], allowed: bool) -> tuple[InfluenceAwareOptimizer, MixtureLoader]:
+        run_yaml(tmp_path, tiny_sample, sources)
+        loader = get_loader(tmp_path / "data.yaml", batch_size=6, lag=2, allow_source_changes=allowed)
+        model = tiny_model()
+        calculator = MixtureWeightCalculator(model, probe_dataloaders=loader.probes, influence_config={"threshold": 0})
+        return InfluenceAwareOptimizer(torch.optim.AdamW(model.parameters()), calculator, loader.mixture, 2), loader
+
+    def train(optimizer: InfluenceAwareOptimizer, loader: MixtureLoader, steps: int) -> None:
+        for _ in islice(loader, steps):
+            optimizer.step()
+
+    optimizer, loader = loop({"code": 1.0, "docs": 1.0}, allowed=False)
+    train(optimizer, loader, 3)
+    state = json.loads(json.dumps(optimizer.mixture_calculator.state_dict()))
+    mixture = loader.mixture.state_dict()
+    _, other = loop({"topics": 1.0, "code": 3.0}, allowed=False)
+    with pytest.raises(UserError, match=r"set train_loader\.allow_source_changes to true"):
+        other.mixture.load_state_dict(mixture)
+    optimizer, loader = loop({"topics": 1.0, "code": 3.0}, allowed=True)
+    loader.mixture.load_state_dict(mixture)
+    optimizer.mixture_calculator.load_state_dict(state)
+    assert loader.mixture.get_current_weights() == pytest.approx({"topics": 0.25, "code": 0.75}, abs=1e-8)
+    train(optimizer, loader, 4)
+    history = optimizer.mixture_calculator.controller.history
+    assert set(history[0].weights) == {"code", "docs"}
+    assert set(history[-1].weights) == {"topics", "code"}
 
 
 def test_state_of_the_record_is_a_value() -> None:
