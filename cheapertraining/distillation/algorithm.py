@@ -234,7 +234,7 @@ class Distillation(Algorithm):
                     "each rank. Use compose.distributed=fsdp2, or placement=replicated."
                 )
             teacher.to(device)
-            teacher.shard(mesh, str(state.precision.value))
+            teacher.shard(mesh)
         elif where == "offloaded":
             teacher.offload(device)
         else:

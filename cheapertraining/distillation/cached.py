@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class CachedTeacher:
         self.meta = metas[0]
         self.layout = self.meta.layout
         self.distilled = torch.tensor([number in sidecars for number in range(len(mixture.source_names))])
+        self._partial = len(sidecars) < len(mixture.source_names)
         store.attach(TARGETS_KEY, sidecars)
 
     @property
@@ -83,21 +85,25 @@ class CachedTeacher:
         records = batch.get(TARGETS_KEY)
         if records is None:
             records = torch.zeros(len(batch["input_ids"]), self.layout.seq_len, dtype=torch.uint8)
-            if bool(self.distilled.all()):
+            if not self._partial:
                 raise UserError(
                     f"distillation: expected a teacher's targets in the batch ('{TARGETS_KEY}'), found none."
                 )
             records = records.to(batch["input_ids"].device)
         if self.layout.kind == "top_k":
             top = self.layout.unpack_top(records)
-            return TopKTargets(top.ids, top.log_probs, top.log_tail, self.temperature)
+            even = -math.log(self.layout.size + 1)
+            log_probs, tail = (self._elsewhere(logs, even, batch) for logs in (top.log_probs, top.log_tail))
+            return TopKTargets(top.ids, log_probs, tail, self.temperature)
         found = self.layout.unpack_sampled(records)
-        return SampledTargets(found.ids, self._weights(found.counts, batch), self.temperature)
+        even = 1 / found.counts.shape[-1]
+        return SampledTargets(
+            found.ids, self._elsewhere(found.counts / self.layout.size, even, batch), self.temperature
+        )
 
-    def _weights(self, counts: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-        """Shares of the draws; rows of sources that are not distilled get one that their loss weight makes void."""
-        weights = counts / self.layout.size
-        if not bool(self.distilled.all()):
-            other = ~self.distilled.to(counts.device)[batch["source"]]
-            weights[..., 0] += other[:, None]
-        return weights
+    def _elsewhere(self, values: torch.Tensor, even: float, batch: Mapping[str, Any]) -> torch.Tensor:
+        """``values``, but ``even`` in rows of sources that are not distilled: any valid targets, of weight 0."""
+        if not self._partial:
+            return values
+        other = ~self.distilled.to(values.device)[batch["source"]]
+        return torch.where(other.view(-1, *[1] * (values.ndim - 1)), even, values)

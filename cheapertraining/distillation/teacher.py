@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from cheapertraining.config import ModelConfig
@@ -157,18 +158,16 @@ class TeacherWrapper(nn.Module):
                 f"{limit}. Use shorter rows or another teacher."
             )
 
-    def shard(self, mesh: DeviceMesh, precision: str) -> None:
-        """Spread its weights over the ranks as the student's are (FSDP2). Call :meth:`reshard` after each use.
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Spread its weights over the ranks as the student's are (FSDP2), a group a decoder block. Call :meth:`reshard`
+        after each use.
 
         Args:
             mesh: of the student's parameters.
-            precision: the run's, resolved.
         """
-        from cheapertraining.distributed.fsdp2 import shard_with_fsdp2
-
-        names = [name for name in mesh.mesh_dim_names or () if name.startswith("data_parallel")]
-        data = mesh[tuple(names)] if names and len(names) < mesh.ndim else mesh
-        shard_with_fsdp2(self.model.model, self.model.blocks, data, precision=precision)
+        for block in self.model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model.model, mesh=mesh)
         self._sharded = True
 
     def reshard(self) -> None:
