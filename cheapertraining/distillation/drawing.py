@@ -45,9 +45,9 @@ def draw(log_probs: torch.Tensor, numbers: NDArray[np.float64]) -> tuple[NDArray
     ids = torch.searchsorted(mass, wanted, right=True).clamp(max=mass.shape[1] - 1).cpu().numpy()
     starts = np.ones(ids.shape, bool)
     starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    slot = np.cumsum(starts, axis=1) - 1
+    first = np.flatnonzero(starts)  # of each run of equal ids; every row begins with one
+    rows, slot = first // ids.shape[1], (np.cumsum(starts, axis=1) - 1).reshape(-1)[first]
     counts, merged = np.zeros_like(ids), np.zeros_like(ids)
-    rows = np.arange(len(ids))[:, None]
-    np.add.at(counts, (rows, slot), 1)
-    merged[rows, slot] = ids
+    counts[rows, slot] = np.diff(np.append(first, ids.size))
+    merged[rows, slot] = ids.reshape(-1)[first]
     return merged, counts
