@@ -464,7 +464,13 @@ def build_callbacks(config: RunConfig, loader: MixtureLoader, folder: Path, devi
         *callbacks,
         MixtureSummary(loader.mixture, folder),
         StopWhenExhausted(loader.mixture),
-        AtomicCheckpointSaver(folder / "checkpoints", config.save_interval, config.save_num_checkpoints_to_keep),
+        AtomicCheckpointSaver(
+            folder / "checkpoints",
+            config.save_interval,
+            config.save_num_checkpoints_to_keep,
+            sharded=config.parallelism.state_dict_type == "sharded",
+            background=config.parallelism.async_save,
+        ),
         GracefulStop(),
     ]
 

@@ -21,6 +21,10 @@ class GradientClipping(ComposerGradientClipping):
     def __init__(self, threshold: float) -> None:
         super().__init__(clipping_type="norm", clipping_threshold=threshold)
 
+    def __repr__(self) -> str:
+        # Composer saves it; without an address it is the same on every rank and in every run.
+        return f"{type(self).__name__}({self.clipping_threshold})"
+
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Clip, after the backward passes of a batch."""
         if event == Event.AFTER_TRAIN_BATCH:

@@ -29,12 +29,14 @@ def mend_fsdp2_on_gloo() -> bool:
     Returns:
         Whether the default process group is one of gloo, so that this counts. Logged the first time.
     """
-    from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
+    from torch.distributed.fsdp import _fully_shard
 
+    collectives: Any = _fully_shard._fsdp_collectives
+    groups: Any = _fully_shard._fsdp_param_group
     if dist.get_backend() != "gloo":
         return False
-    divide: Any = _fsdp_collectives._get_gradient_divide_factors
-    reduce: Any = _fsdp_param_group.foreach_reduce
+    divide: Any = collectives._get_gradient_divide_factors
+    reduce: Any = groups.foreach_reduce
     if getattr(divide, "_mended", False):
         return True
 
@@ -51,8 +53,8 @@ def mend_fsdp2_on_gloo() -> bool:
         return scattered, scatter_event, post_event, None if reduce_event is None else reduced, reduce_event, partial
 
     divide_by_ranks._mended = True  # type: ignore[attr-defined]
-    _fsdp_collectives._get_gradient_divide_factors = divide_by_ranks
-    _fsdp_param_group.foreach_reduce = reduce_without_events
+    collectives._get_gradient_divide_factors = divide_by_ranks
+    groups.foreach_reduce = reduce_without_events
     log.warning("gloo: FSDP2's gradients are summed and divided by the ranks here, since gloo's AVG is a SUM.")
     return True
 
@@ -71,4 +73,4 @@ def mend_fsdp_on_cpu() -> None:
             yield
 
     stay_or_move._mended = True  # type: ignore[attr-defined]
-    FlatParamHandle.to_cpu = stay_or_move  # type: ignore[method-assign]
+    FlatParamHandle.to_cpu = stay_or_move  # type: ignore[assignment, method-assign]

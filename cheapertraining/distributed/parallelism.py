@@ -142,6 +142,11 @@ def check_together(config: RunConfig, layout: Layout, precision: str, *, on_gpu:
             "train_loader.device_microbatch_size: Composer finds it by itself (auto) only for whole models. Set a "
             "number of samples that fits into memory."
         )
+    if layout.engine == "fsdp" and not on_gpu and parallelism.state_dict_type == "full":
+        raise UserError(
+            "parallelism.state_dict_type: FSDP1 of torch 2.7 on a CPU puts wrong moments of the optimizer into a full "
+            "state dict. Use sharded, which loads under every layout, or compose.distributed=fsdp2."
+        )
     if layout.tensor > 1 or parallelism.tp is not None:
         _check_tensor_parallel(config, layout)
     casts = precision != "fp32" and _casts_parameters(parallelism)

@@ -31,10 +31,11 @@ from cheapertraining.builders import (
     split_by_source,
 )
 from cheapertraining.config import RunConfig, resolved_yaml
+from cheapertraining.distributed.agreement import check_alike, versions
 from cheapertraining.distributed.parallelism import check_together, plan_layout
 from cheapertraining.errors import UserError
 from cheapertraining.observe import progress_bar_fits
-from cheapertraining.observe.checkpoints import LATEST, check_resumable, latest_checkpoint
+from cheapertraining.observe.checkpoints import LATEST, LoadSharded, check_resumable, latest_checkpoint
 
 __all__ = ["train"]
 
@@ -54,6 +55,7 @@ def train(config: RunConfig) -> Trainer:
     device = resolve_device(config)
     precision = resolve_precision(config, device)
     _start_processes(device, config)
+    check_alike({"config": resolved_yaml(config)} | versions())
     layout = plan_layout(config.parallelism, dist.get_world_size())
     check_together(config, layout, precision, on_gpu=device == "gpu")
     config = _named(config)
@@ -69,6 +71,7 @@ def train(config: RunConfig) -> Trainer:
         random_states = check_resumable(checkpoint, model, loader.mixture, algorithms)
     _save_config(config, folder)
 
+    shards = checkpoint if checkpoint is not None and checkpoint.is_dir() else None
     trainer = Trainer(
         model=model,
         train_dataloader=split_by_source(build_train_spec(loader, layout.tensor), config),
@@ -79,11 +82,11 @@ def train(config: RunConfig) -> Trainer:
         optimizers=build_optimizer(config.optimizer, model),
         schedulers=build_scheduler(config.scheduler, config.max_duration),
         algorithms=algorithms,
-        callbacks=build_callbacks(config, loader, folder, device),
+        callbacks=[*([LoadSharded(shards)] if shards else []), *build_callbacks(config, loader, folder, device)],
         loggers=build_loggers(config, folder),
         progress_bar=config.loggers.progress_bar and progress_bar_fits(),
         run_name=config.run_name,
-        load_path=None if checkpoint is None else str(checkpoint),
+        load_path=None if checkpoint is None or shards else str(checkpoint),
         device=device,
         precision=precision,
         device_train_microbatch_size=build_microbatch_size(config, device, layout.data),
@@ -130,7 +133,16 @@ def _start_processes(device: Device, config: RunConfig) -> None:
     """Join the process group, where there are several or the model is cut, and share the cores among them."""
     cut = config.parallelism.fsdp or config.parallelism.fsdp2 or config.parallelism.tp
     if dist.get_world_size() > 1 or cut:
-        dist.initialize_dist(device)
+        try:
+            dist.initialize_dist(device)
+        except RuntimeError as error:
+            if "address already in use" not in str(error).lower():
+                raise
+            port = os.environ.get("MASTER_PORT")
+            raise UserError(
+                f"MASTER_PORT {port}: another process of this machine listens there. Start with another one "
+                "(`composer --master_port PORT …`), or end that process."
+            ) from error
     if dist.get_local_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_local_world_size()))
 

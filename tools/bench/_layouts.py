@@ -25,22 +25,24 @@ __all__ = [
     "OBJECTIVES",
     "OPTIMIZERS",
     "Outcome",
-    "layout_overrides",
+    "config_of",
+    "difference",
     "losses_of",
+    "quiet",
+    "resume_from",
     "run_once",
     "spawn",
     "tiny_yaml",
 ]
 
-LAYOUTS: dict[str, dict[int, list[str]]] = {
-    "ddp": {2: [], 4: []},
-    "fsdp": {2: [], 4: []},
-    "fsdp2": {2: [], 4: []},
-    "hsdp": {2: [], 4: []},
-    "tp": {2: [], 4: []},
-    "fsdp2_tp": {4: []},
+LATEST = "latest-rank0.pt"
+
+LAYOUTS: dict[int, list[str]] = {
+    1: ["single"],
+    2: ["ddp", "fsdp", "fsdp2", "hsdp", "tp"],
+    4: ["ddp", "fsdp", "fsdp2", "hsdp", "tp", "fsdp2_tp"],
 }
-"""By name in ``yamls/distributed``: numbers of processes that it is tried on."""
+"""Names in ``yamls/distributed`` by the number of processes that they are tried on."""
 
 OBJECTIVES: dict[str, list[str]] = {"cross_entropy": []}
 """What a run trains for, as overrides; one more objective is one more entry."""
@@ -80,8 +82,8 @@ def tiny_yaml(path: Path, data: Path, **changes: Any) -> Path:
     """
     points = [
         {"batch": 0, "weights": {"code": 1, "docs": 1, "topics": 1}},
-        {"batch": 8, "weights": {"code": 6, "docs": 1, "topics": 1}},
-        {"batch": 16, "weights": {"code": 1, "docs": 1, "topics": 6}},
+        {"batch": 4, "weights": {"code": 6, "docs": 1, "topics": 1}},
+        {"batch": 12, "weights": {"code": 1, "docs": 1, "topics": 6}},
     ]
     run: dict[str, Any] = {
         "compose": {"data": str(data)},
@@ -97,11 +99,11 @@ def tiny_yaml(path: Path, data: Path, **changes: Any) -> Path:
         "train_loader": {"global_batch_size": 16, "device_microbatch_size": 2, "lag": 2},
         "eval_loader": {"batch_size": 4, "interval": "1000ba", "subset_num_batches": 1, "first": False},
         "optimizer": {"lr": 3.0e-3, "eps": 1.0e-6},
-        "scheduler": {"name": "cosine", "warmup": "0ba"},
+        "scheduler": {"name": "constant"},  # so that a run that is resumed for a few steps takes the same
         "algorithms": {
             "gradient_clipping": {"threshold": 1.0},
             "online_mixing": {
-                "strategy": "schedule", "interval": "4ba", "warmup": "0ba", "constraints": {"kl_step": None},
+                "strategy": "schedule", "interval": "2ba", "warmup": "0ba", "constraints": {"kl_step": None},
                 "schedule": {"points": points},
             },
         },
@@ -109,11 +111,6 @@ def tiny_yaml(path: Path, data: Path, **changes: Any) -> Path:
     }  # fmt: skip
     path.write_text(json.dumps(run | changes), encoding="utf-8")  # every JSON is yaml
     return path
-
-
-def layout_overrides(name: str) -> list[str]:
-    """What chooses a layout."""
-    return [f"compose.distributed={name}"]
 
 
 def run_once(config: RunConfig, optimizer: str = "adamw") -> Outcome:
@@ -144,9 +141,20 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def spawn(work: Callable[..., None], world: int, *arguments: Any) -> None:
-    """Call ``work(*arguments)`` on ``world`` processes of one gloo group, and wait for them."""
-    mp.spawn(_start, args=(world, free_port(), work, arguments), nprocs=world)
+def spawn(
+    work: Callable[..., None], world: int, *arguments: Any, method: str = "spawn", join: bool = True
+) -> mp.ProcessContext | None:
+    """Call ``work(*arguments)`` on ``world`` processes of one gloo group, and wait for them.
+
+    Args:
+        work: a function of a module.
+        world: number of processes.
+        arguments: for ``work``.
+        method: of starting; ``fork`` saves the imports, where this process has not trained anything itself.
+        join: False returns the processes at once.
+    """
+    args = (world, free_port(), work, arguments)
+    return mp.start_processes(_start, args=args, nprocs=world, start_method=method, join=join)  # type: ignore[no-untyped-call]
 
 
 def free_port() -> int:
@@ -172,6 +180,23 @@ def _start(rank: int, world: int, port: int, work: Callable[..., None], argument
     os._exit(0)
 
 
-def load(path: Path, layout: str, *overrides: str) -> RunConfig:
-    """The config of ``tiny_yaml`` under a layout."""
-    return load_run_config(path, [*layout_overrides(layout), *overrides])
+def config_of(path: Path, layout: str, *overrides: str) -> RunConfig:
+    """The config of :func:`tiny_yaml` under a layout."""
+    return load_run_config(path, [f"compose.distributed={layout}", *overrides])
+
+
+def resume_from(path: Path, run_name: str, checkpoint: Path) -> None:
+    """Make a run whose latest checkpoint is that of another run."""
+    folder = path.parent / "runs" / run_name / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / checkpoint.name).symlink_to(checkpoint.resolve())
+    (folder / LATEST).symlink_to(checkpoint.name)
+
+
+def difference(found: Outcome, expected: Outcome) -> tuple[float, float]:
+    """Largest relative differences of the losses, and of the weights by parameter (norm of the difference by norm)."""
+    assert len(found.losses) == len(expected.losses)
+    assert found.weights.keys() == expected.weights.keys()
+    losses = max(abs(a - b) / abs(b) for a, b in zip(found.losses, expected.losses, strict=True))
+    weights = max(float((found.weights[name] - w).norm() / w.norm()) for name, w in expected.weights.items())
+    return losses, weights
