@@ -14,7 +14,9 @@ from cheapertraining.config import load_run_config, planned_tokens
 from cheapertraining.errors import UserError
 from cheapertraining.mixing import Constraints, MixtureController, ScheduleStrategy
 from cheapertraining.mixing.replay import changes_of, mean_weights, rename_sources, replay_points
+from cheapertraining.training import train
 from tests.mixing.plan_mixture import PlanMixture
+from tests.mixing.test_source_changes import run_yaml as whole_run_yaml
 from tools.replay_mixture import main, read_run
 
 FIRST = {"a": 1.0, "b": 1.0}
@@ -167,3 +169,18 @@ def test_a_replay_of_a_replay_is_the_same(tmp_path: Path) -> None:
     again = changes_of([{"from_batch": p["batch"], "weights": p["weights"]} for p in there], FIRST, 30)
     back = replayed(replay_points(again, 30, 10), 10)
     np.testing.assert_allclose([w["a"] for w in back], [0.5] * 4 + [0.75] * 4 + [0.0] * 2, atol=1e-9)
+
+
+def test_a_run_that_adapted_is_replayed_by_a_longer_one(tiny_sample: Path, tmp_path: Path) -> None:
+    """Through real runs: each batch of the new one is drawn with the weights of the old one at the same share."""
+    yaml = whole_run_yaml(tmp_path, tiny_sample, {"code": 1.0, "docs": 1.0, "topics": 1.0})
+    length = ["max_duration=8ba", "algorithms.online_mixing.strategy=odm", "save_folder=" + str(tmp_path / "old")]
+    old = train(load_run_config(yaml, length)).state.train_dataloader.dataset  # type: ignore[union-attr]
+    assert len({tuple(old.weights_at(batch).values()) for batch in range(8)}) > 1
+    options = ["max_duration=24ba", "run_name=new", "--out", str(tmp_path / "new.yaml")]
+    assert main([str(tmp_path / "old/tiny"), "--for", str(yaml), *options]) == 0
+    new = train(load_run_config(tmp_path / "new.yaml")).state.train_dataloader.dataset  # type: ignore[union-attr]
+    changes = read_run(tmp_path / "old/tiny").changes
+    for batch in range(24):
+        begun = [weights for start, weights in changes if 3 * start <= batch]
+        assert new.weights_at(batch) == pytest.approx(begun[-1], abs=1e-8)
