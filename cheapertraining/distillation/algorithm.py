@@ -143,6 +143,7 @@ class Distillation(Algorithm):
         return event in (
             Event.FIT_START,
             Event.BATCH_START,
+            Event.BEFORE_TRAIN_BATCH,
             Event.BEFORE_FORWARD,
             Event.AFTER_LOSS,
             Event.BATCH_END,
@@ -153,6 +154,9 @@ class Distillation(Algorithm):
             self._begin(state)
         elif event == Event.BATCH_START:
             self._answer(state)
+        elif event == Event.BEFORE_TRAIN_BATCH:
+            # A batch is tried again with smaller microbatches when memory ran out.
+            self._sums = AgreementSums(self.sources, self._weights.device)
         elif event == Event.BEFORE_FORWARD:
             self._listen(state)
         elif event == Event.AFTER_LOSS:
@@ -200,7 +204,6 @@ class Distillation(Algorithm):
         self._student[:] = [student]
         device = state.device.tensor_to_device(torch.zeros(())).device
         self._weights = self._weights.to(device)
-        self._sums = AgreementSums(self.sources, device)
         vocabulary = int(student.model.config.vocab_size)
         teacher = self._given[0]
         if isinstance(teacher, CachedTeacher):
