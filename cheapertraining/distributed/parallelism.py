@@ -7,7 +7,7 @@ arXiv 1910.02054; FSDP, arXiv 2304.11277), each piece of a layer cut into ``tens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from cheapertraining.config import ParallelismConfig, RunConfig
 from cheapertraining.errors import UserError
+from cheapertraining.mixing.signals import GRAM, INFLUENCE, PROBE_LOSSES, REFERENCE
 
 __all__ = ["MESH_NAMES", "Layout", "build_mesh", "check_together", "data_rank", "plan_layout"]
 
@@ -112,25 +113,25 @@ def data_rank(layout: Layout, rank: int) -> int:
     return rank // layout.tensor
 
 
-_MEASURING: Mapping[str, str] = {
-    "influence": "takes gradients on the side",
-    "grape": "takes gradients on the side",
-    "aioli": "reads losses of the probes",
-    "skillit": "reads losses of the probes",
-    "doge": "takes gradients on the side",
-    "pike": "takes gradients on the side",
-    "rnb": "takes gradients on the side",
-    "doremi": "compares logits with a reference model's",
+_CUT_APART: Mapping[str, str] = {
+    INFLUENCE: "takes gradients of sources and probes on the side",
+    GRAM: "takes gradients of sources on the side",
+    PROBE_LOSSES: "reads losses of the probes",
+    REFERENCE: "compares logits with those of a reference model",
 }
+"""Signals of strategies that need logits or layers in one piece."""
 
 
-def check_together(config: RunConfig, layout: Layout, precision: str, *, on_gpu: bool = False) -> None:
+def check_together(
+    config: RunConfig, layout: Layout, precision: str, *, needs: Collection[str] = (), on_gpu: bool = False
+) -> None:
     """Refuse, before anything is built, what the layout cannot do. ``docs/parallelism.md`` has the matrix.
 
     Args:
         config: the run.
         layout: of its processes.
         precision: resolved: ``"fp32"``, ``"amp_bf16"`` or ``"amp_fp16"``.
+        needs: signals that the mixing strategy asks for.
         on_gpu: whether it trains on CUDA.
 
     Raises:
@@ -148,38 +149,42 @@ def check_together(config: RunConfig, layout: Layout, precision: str, *, on_gpu:
             "state dict. Use sharded, which loads under every layout, or compose.distributed=fsdp2."
         )
     if layout.tensor > 1 or parallelism.tp is not None:
-        _check_tensor_parallel(config, layout)
-    casts = precision != "fp32" and _casts_parameters(parallelism)
-    if mixing is not None and casts and _MEASURING.get(mixing.strategy) == "takes gradients on the side":
-        forward = mixing.strategy == "grape" or (
-            mixing.strategy == "influence" and mixing.influence.scorer == "forward"
+        _check_tensor_parallel(config, layout, needs)
+    if (
+        mixing is not None
+        and INFLUENCE in needs
+        and mixing.influence.scorer == "forward"
+        and precision != "fp32"
+        and _casts_parameters(parallelism)
+    ):
+        raise UserError(
+            f"algorithms.online_mixing.strategy: '{mixing.strategy}' takes differences of nearly equal losses, for "
+            f"which parameters must stay float32, but FSDP casts them ({precision}). Set mixed_precision: FULL in "
+            "parallelism.fsdp2 (or fsdp), or influence.scorer=hook."
         )
-        if forward:
+    for key in ("activation_checkpointing", "compile_blocks"):
+        if getattr(parallelism, key) and (why := _watches_backward(config)) is not None:
             raise UserError(
-                f"algorithms.online_mixing.strategy: '{mixing.strategy}' takes differences of nearly equal losses, for "
-                f"which parameters must stay float32, but FSDP casts them ({precision}). Set mixed_precision: FULL in "
-                "parallelism.fsdp2 (or fsdp), or influence.scorer=hook."
+                f"parallelism.{key}: {why} watches what goes through single layers, which checkpointed blocks do twice "
+                "and compiled ones do not show. Switch one of the two off."
             )
-    if parallelism.activation_checkpointing and (why := _watches_backward(config)) is not None:
-        raise UserError(
-            f"parallelism.activation_checkpointing: {why} watches the backward pass layer by layer, which "
-            "checkpointing runs twice. Switch one of the two off."
-        )
 
 
-def _check_tensor_parallel(config: RunConfig, layout: Layout) -> None:
+def _check_tensor_parallel(config: RunConfig, layout: Layout, needs: Collection[str]) -> None:
     mixing = config.algorithms.online_mixing
-    if mixing is not None and mixing.strategy in _MEASURING:
+    missing = [_CUT_APART[signal] for signal in needs if signal in _CUT_APART]
+    if mixing is not None and missing:
         raise UserError(
-            f"algorithms.online_mixing.strategy: '{mixing.strategy}' {_MEASURING[mixing.strategy]}, which tensor "
-            "parallelism cuts across the vocabulary. Use compose.distributed=fsdp2, or a strategy that needs only "
-            "training losses (odm, ado) or none (static, proportional, unimax, schedule)."
+            f"algorithms.online_mixing.strategy: '{mixing.strategy}' {missing[0]}, while tensor parallelism cuts "
+            "layers and logits apart. Use compose.distributed=fsdp2, or a strategy that needs only training losses "
+            "(odm, ado) or none (static, proportional, unimax, schedule)."
         )
-    if config.algorithms.influence_scores is not None:
-        raise UserError(
-            "algorithms.influence_scores: scores need whole layers, which tensor parallelism cuts. Use "
-            "compose.distributed=fsdp2, or leave them out."
-        )
+    for name in ("influence_scores", "distillation"):
+        if getattr(config.algorithms, name, None) is not None:
+            raise UserError(
+                f"algorithms.{name}: needs layers and logits in one piece, which tensor parallelism cuts. Use "
+                "compose.distributed=fsdp2, or leave it out."
+            )
     if config.data.seq_len % layout.tensor:
         raise UserError(
             f"data.seq_len: expected a multiple of the tensor parallel degree ({layout.tensor}), since sequences are "

@@ -24,6 +24,7 @@ from cheapertraining.builders import (
     build_optimizer,
     build_scheduler,
     build_spread_model,
+    build_strategy,
     build_tokenizer,
     build_train_spec,
     resolve_device,
@@ -52,12 +53,15 @@ def train(config: RunConfig) -> Trainer:
     """
     # The last batch of an evaluation is smaller than a microbatch, as it may be.
     warnings.filterwarnings("ignore", message="Cannot split tensor of length")
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch's own use of it, at every save
     device = resolve_device(config)
     precision = resolve_precision(config, device)
     _start_processes(device, config)
     check_alike({"config": resolved_yaml(config)} | versions())
     layout = plan_layout(config.parallelism, dist.get_world_size())
-    check_together(config, layout, precision, on_gpu=device == "gpu")
+    mixing = config.algorithms.online_mixing
+    needs = () if mixing is None else build_strategy(mixing).needs
+    check_together(config, layout, precision, needs=needs, on_gpu=device == "gpu")
     config = _named(config)
     folder = Path(config.save_folder).resolve() / cast(str, config.run_name)
     checkpoint = _checkpoint_to_resume(config, folder)

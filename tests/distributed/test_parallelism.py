@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from cheapertraining.builders import build_strategy
 from cheapertraining.config import RunConfig, check_batch_size, load_run_config
 from cheapertraining.data import get_loader
 from cheapertraining.data.mixing import MixtureSampler
@@ -98,8 +99,10 @@ def test_what_cannot_work_together_is_refused_at_the_start(
     layout: str, precision: str, overrides: list[str], message: str
 ) -> None:
     config = run_config(layout, *overrides)
+    mixing = config.algorithms.online_mixing
+    needs = () if mixing is None else build_strategy(mixing).needs
     with pytest.raises(UserError, match=message):
-        check_together(config, plan_layout(config.parallelism, 4), precision)
+        check_together(config, plan_layout(config.parallelism, 4), precision, needs=needs)
 
 
 def test_the_microbatch_of_a_cut_model_cannot_be_searched_for() -> None:
