@@ -24,6 +24,7 @@ def bench(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Module
 NAMES = [
     "adaptation",
     "conversion",
+    "distillation_worth",
     "influence_agreement",
     "influence_cost",
     "loader",
