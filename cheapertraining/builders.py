@@ -49,6 +49,7 @@ from cheapertraining.mixing import (
     GRAM,
     INFLUENCE,
     PROBE_LOSSES,
+    PROBE_PRODUCTS,
     REFERENCE,
     ADOStrategy,
     AioliStrategy,
@@ -58,6 +59,7 @@ from cheapertraining.mixing import (
     DoReMiStrategy,
     GRAPEStrategy,
     InfluenceStrategy,
+    MatchingStrategy,
     MixingLawStrategy,
     MixtureController,
     ODMStrategy,
@@ -300,6 +302,7 @@ def build_strategy(config: OnlineMixingConfig) -> Strategy:
         "skillit": SkillItStrategy,
         "pike": PiKEStrategy,
         "rnb": RnBStrategy,
+        "matching": MatchingStrategy,
         "grape": GRAPEStrategy,
         "aioli": AioliStrategy,
     }
@@ -353,6 +356,7 @@ def build_estimator(
         scorer=own.scorer,
         step_size=own.step_size,
         seed=config.seed,
+        combine=own.combine and mixing.strategy == "influence",
         layers=own.layers,
     )
 
@@ -397,10 +401,11 @@ def build_online_mixing(
     needs, own = controller.strategy.needs, mixing.influence
     gradients = probes = reference = None
     estimator = build_estimator(config, mixing, loader) if INFLUENCE in needs else None
-    if GRAM in needs:
-        gradients = GradientEstimator(loader.mixture, own.source_samples, config.seed, own.layers)
-    if PROBE_LOSSES in needs:
+    if needs & {PROBE_LOSSES, PROBE_PRODUCTS}:
         probes = ProbeBank(*_steering_probes(config, mixing, loader), own.probe_samples)
+    if GRAM in needs:
+        measured = probes if PROBE_PRODUCTS in needs else None
+        gradients = GradientEstimator(loader.mixture, own.source_samples, config.seed, own.layers, measured)
     if mixing.doremi.reference is not None and REFERENCE in needs:
         precision = resolve_precision(config, resolve_device(config))
         reference = build_reference(config, mixing.doremi.reference, build_tokenizer(config), precision)

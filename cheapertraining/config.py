@@ -239,6 +239,8 @@ class InfluenceConfig:
     """Scores nearer to the mean than this many standard errors count as no evidence."""
     update: Literal["exponentiated", "kl_proximal"] = "exponentiated"
     """The second also holds the weights near those at the start."""
+    combine: bool = False
+    """One direction for all probes together: cheaper by their number, but scores by probe are not seen."""
     robust: bool = False
     """Give the probes that improve least more weight in the objective."""
     guard: bool = False
@@ -323,6 +325,18 @@ class RnBConfig:
 
 
 @dataclass
+class MatchingConfig:
+    """The mixture whose gradient is nearest to the probes' own."""
+
+    ridge: NonNegative = 1.0
+    """How strongly the noise of the gradients pulls to the weights at the start; 1 is its size."""
+    sharpness: Positive = 1.0
+    """Above 1, what stands out of the noise is followed further."""
+    ema: Annotated[float, between(0, 0.999999)] = 0.5
+    """Share of the old gradients' products kept at each decision."""
+
+
+@dataclass
 class GRAPEConfig:
     """Several probes, those that improve least first."""
 
@@ -403,6 +417,7 @@ class OnlineMixingConfig:
         "skillit",
         "pike",
         "rnb",
+        "matching",
         "grape",
         "aioli",
         "mixing_law",
@@ -425,6 +440,7 @@ class OnlineMixingConfig:
     skillit: SkillItConfig = field(default_factory=SkillItConfig)
     pike: PiKEConfig = field(default_factory=PiKEConfig)
     rnb: RnBConfig = field(default_factory=RnBConfig)
+    matching: MatchingConfig = field(default_factory=MatchingConfig)
     grape: GRAPEConfig = field(default_factory=GRAPEConfig)
     aioli: AioliConfig = field(default_factory=AioliConfig)
     mixing_law: MixingLawConfig = field(default_factory=MixingLawConfig)
@@ -927,7 +943,7 @@ def _config_of_what_is_there(data: DataConfig) -> Path | None:
     return None
 
 
-_TOWARDS_PROBES = ("influence", "grape", "aioli", "skillit")
+_TOWARDS_PROBES = ("influence", "matching", "grape", "aioli", "skillit")
 
 
 def _problems_between_parts(config: RunConfig) -> Problems:

@@ -258,13 +258,13 @@ class ProbeBank:
             counted = torch.tensor(
                 [counts for _, counts in rows[first : first + size]], dtype=torch.float64, device=device
             )
-            batch = self._batch(name, [indices[position] for position in positions])
+            batch = self.batch(name, [indices[position] for position in positions])
             check_vocabulary(model, batch, f"data.probes.{name}")
             sums, tokens = sample_losses(model, to_device(batch, device))
             totals.index_add_(1, torch.tensor(positions, device=device), torch.stack([sums.detach(), tokens]) * counted)
             yield (sums * counted).sum()
 
-    def _batch(self, name: str, samples: Sequence[int]) -> dict[str, Any]:
+    def batch(self, name: str, samples: Sequence[int]) -> dict[str, Any]:
         """What the loader would yield for these samples, without touching its sampler or random state."""
         loader = self._loaders[name]
         dataset: Any = loader.dataset

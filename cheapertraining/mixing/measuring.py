@@ -18,7 +18,7 @@ from cheapertraining.influence.scorers.forward import check_precision
 from cheapertraining.influence.scorers.gram import GradientEstimator, SourceGradients
 from cheapertraining.influence.scorers.sources import SourceEstimator
 from cheapertraining.influence.settings import InfluenceConfig
-from cheapertraining.mixing.signals import GRAM, INFLUENCE, PROBE_LOSSES, ProbeReading
+from cheapertraining.mixing.signals import GRAM, INFLUENCE, PROBE_LOSSES, PROBE_PRODUCTS, ProbeReading
 
 __all__ = ["Measured", "Measuring", "check_forward"]
 
@@ -70,10 +70,12 @@ class Measuring:
                 combine=config.combine,
                 layers=config.layers,
             )
-        if GRAM in needs:
-            gradients = GradientEstimator(mixture, config.source_samples, config.seed, config.layers)
+        made = ProbeBank(probes, probe_weights, config.probe_samples)
         if PROBE_LOSSES in needs:
-            bank = ProbeBank(probes, probe_weights, config.probe_samples)
+            bank = made
+        if GRAM in needs:
+            probed = made if PROBE_PRODUCTS in needs else None
+            gradients = GradientEstimator(mixture, config.source_samples, config.seed, config.layers, probed)
         return cls(estimator, gradients, bank)
 
     def measure(

@@ -20,6 +20,7 @@ __all__ = [
     "INFLUENCE",
     "LOSSES",
     "PROBE_LOSSES",
+    "PROBE_PRODUCTS",
     "REFERENCE",
     "Array",
     "ProbeReading",
@@ -38,6 +39,8 @@ GRAM = "gram"
 """In ``Strategy.needs``: ``Signals.gradients``, norms and products of the sources' gradients."""
 PROBE_LOSSES = "probe_losses"
 """In ``Strategy.needs``: ``Signals.probe_losses``, by forward passes over the probes."""
+PROBE_PRODUCTS = "probe_products"
+"""In ``Strategy.needs``, beside ``GRAM``: ``Signals.gradients`` with ``target_products``."""
 REFERENCE = "reference"
 """In ``Strategy.needs``: ``Signals.excess_losses``, by a forward pass of a reference model over every training batch
 (about a third of a training step where both models are of one size)."""

@@ -21,7 +21,7 @@ from cheapertraining.mixing import Constraints, DoGEStrategy, DoReMiStrategy, Mi
 from cheapertraining.models import build_causal_lm
 from tests.observe.tiny_trainer import MODEL, tiny_loader, tiny_trainer
 
-STRATEGIES = ("ado", "aioli", "doge", "doremi", "grape", "odm", "pike", "rnb", "skillit")
+STRATEGIES = ("ado", "aioli", "doge", "doremi", "grape", "matching", "odm", "pike", "rnb", "skillit")
 BATCHES = 6
 
 

@@ -23,7 +23,7 @@ from tools.sample.splits import SPLITS, split_by_parent
 if TYPE_CHECKING:
     from cheapertraining.data.shards import ShardMeta
 
-__all__ = ["MARKER", "Options", "prepare"]
+__all__ = ["MARKER", "Options", "Splits", "collect_splits", "prepare"]
 
 MARKER = "sample.json"
 _DOWNLOADS = ".downloads"
@@ -63,8 +63,7 @@ def prepare(options: Options, report: Report = print) -> bool:
         return False
     _clear(options.out, marker)
     _write_marker(options.out, {"state": "unfinished"})
-    sources, without_registry = _collect(options, report)
-    splits = _deduplicate_and_split(sources, options, report)
+    sources, splits, without_registry = collect_splits(options, report)
     metas = _write_shards(sources, splits, options, report)
     tuned = _write_conversations(sources, splits, options, report)
     _write_data_config(options, "data.yaml", list(splits), [_PROBE])
@@ -82,6 +81,15 @@ def prepare(options: Options, report: Report = print) -> bool:
         f"composer train.py yamls/downstream.yaml compose.data={options.out / 'downstream.yaml'}"
     )
     return True
+
+
+def collect_splits(options: Options, report: Report = print) -> tuple[list[Source], dict[str, Splits], bool]:
+    """The texts alone: all sources, their documents by split, and whether the registry was out of reach.
+
+    Wheels are kept in ``options.out``.
+    """
+    sources, without_registry = _collect(options, report)
+    return sources, _deduplicate_and_split(sources, options, report), without_registry
 
 
 def _collect(options: Options, report: Report) -> tuple[list[Source], bool]:

@@ -10,13 +10,16 @@ g_k``, and
     squared_norms[k]  = |g_k|**2 - variances[k] / n                         without the bias of a finite sample
     errors[k, l]**2   = n / (n - 1) * (sum_i <r_i, g_l>**2 / T_k**2 + sum_j <g_k, r_j>**2 / T_l**2),   k != l
     errors[k, k]**2   = n / (n - 1) * 4 * sum_i <r_i, g_k>**2 / T_k**2
+
+With probes, their samples are rows of the same matrix, and ``target_products[k] = <g_k, g_T>`` with ``g_T`` the
+weighted mean of the gradients of the probes' token-mean losses.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,10 +32,11 @@ from cheapertraining.errors import UserError
 from cheapertraining.influence.losses import IGNORED
 from cheapertraining.influence.model_access import no_trace, to_device
 from cheapertraining.influence.parameters import Layers, select_parameters
+from cheapertraining.influence.probes import ProbeBank
 from cheapertraining.influence.ranks import rank_rows, sum_over_ranks
 from cheapertraining.influence.scorers.hook import hook_gram
 
-__all__ = ["GradientEstimator", "SourceGradients", "moments_of"]
+__all__ = ["GradientEstimator", "SourceGradients", "moments_of", "target_products_of"]
 
 Float64 = NDArray[np.float64]
 _SEEDS = 1 << 31  # Keys are 64 bits wide: the seed above, the update below.
@@ -51,6 +55,8 @@ class SourceGradients:
         variances: ``[K]``, of one sample's gradient, summed over the parameters.
         samples: of each source.
         seconds: wall time that the measurement took on this rank.
+        target_products: ``[K]``, of the sampled mean gradients with that of the probes' weighted loss; None where no
+            probes were measured.
     """
 
     sources: tuple[str, ...]
@@ -60,6 +66,7 @@ class SourceGradients:
     variances: Float64
     samples: int
     seconds: float
+    target_products: Float64 | None = None
 
 
 class SampleSource(Protocol):
@@ -83,18 +90,27 @@ class GradientEstimator:
         source_samples: samples of each source in a measurement, over all ranks; at least 2.
         seed: of the samples drawn.
         layers: which parameters count, see :data:`~cheapertraining.influence.parameters.Layers`.
+        probes: measured as well where given, with their own number of samples and weights.
 
     Raises:
         UserError: too few samples.
     """
 
-    def __init__(self, mixture: SampleSource, source_samples: int = 4, seed: int = 0, layers: Layers = "all") -> None:
+    def __init__(
+        self,
+        mixture: SampleSource,
+        source_samples: int = 4,
+        seed: int = 0,
+        layers: Layers = "all",
+        probes: ProbeBank | None = None,
+    ) -> None:
         if source_samples < 2:
             raise UserError(f"source_samples: expected at least 2 (one has no variance), found {source_samples}.")
         self.mixture = mixture
         self.source_samples = source_samples
         self.seed = seed
         self.layers = layers
+        self.probes = probes
 
     def measure(self, model: nn.Module, *, update_index: int, microbatch_size: int | None = None) -> SourceGradients:
         """Measure now. Call it on all ranks with the same ``update_index``, between optimizer steps.
@@ -111,12 +127,49 @@ class GradientEstimator:
         names, n = tuple(self.mixture.source_names), self.source_samples
         key = (self.seed % _SEEDS << 32) + update_index
         drawn = [self.mixture.draw(name, n, key) for name in names]
-        inputs = [name for name in _MODEL_INPUTS if all(name in batch for batch in drawn)]
-        rows = {name: torch.cat([batch[name] for batch in drawn]) for name in inputs}
-        tokens = (rows["labels"][:, 1:] != IGNORED).sum(dim=1).double().cpu().numpy().reshape(len(names), n)
+        probed = [] if self.probes is None else self._probe_batches(self.probes, update_index)
+        batches = [*drawn, *(batch for batch, _ in probed)]
+        inputs = [name for name in _MODEL_INPUTS if all(name in batch for batch in batches)]
+        rows = {name: torch.cat([batch[name] for batch in batches]) for name in inputs}
+        tokens = (rows["labels"][:, 1:] != IGNORED).sum(dim=1).double().cpu().numpy()
         gram = _sample_gram(model, rows, microbatch_size, self.layers)
-        products, errors, norms, variances = moments_of(gram, tokens)
-        return SourceGradients(names, products, errors, norms, variances, n, time.perf_counter() - started)
+        own = len(names) * n
+        by_source = tokens[:own].reshape(len(names), n)
+        products, errors, norms, variances = moments_of(gram[:own, :own], by_source)
+        target = None
+        if probed:
+            weights = [weight for _, weight in probed]
+            target = target_products_of(gram[:own, own:], by_source, np.split(tokens[own:], _ends(probed)), weights)
+        return SourceGradients(names, products, errors, norms, variances, n, time.perf_counter() - started, target)
+
+    @staticmethod
+    def _probe_batches(bank: ProbeBank, update_index: int) -> list[tuple[Mapping[str, torch.Tensor], float]]:
+        return [(bank.batch(name, bank.window(name, update_index)), weight) for name, weight in bank.weights.items()]
+
+
+def _ends(probed: Sequence[tuple[Mapping[str, torch.Tensor], float]]) -> list[int]:
+    """Where the rows of all probes but the last end."""
+    return np.cumsum([len(batch["labels"]) for batch, _ in probed])[:-1].tolist()  # type: ignore[no-any-return]
+
+
+def target_products_of(
+    gram: Float64, tokens: Float64, probe_tokens: Sequence[Float64], weights: Sequence[float]
+) -> Float64:
+    """``target_products`` of the module's formulas, ``[K]``.
+
+    Args:
+        gram: ``[K * n, M]``, products of the gradients of the summed losses of the sources' samples and the probes'.
+        tokens: ``[K, n]``, loss-counting tokens of each sample of a source.
+        probe_tokens: the same of each probe, ``M`` in all.
+        weights: of the probes, sum 1.
+    """
+    share = [
+        np.full(len(counts), weight / max(counts.sum(), 1.0))
+        for counts, weight in zip(probe_tokens, weights, strict=True)
+    ]
+    along = (gram @ np.concatenate(share)).reshape(tokens.shape)
+    found: Float64 = along.sum(axis=1) / np.maximum(tokens.sum(axis=1), 1.0)
+    return found
 
 
 def _sample_gram(

@@ -7,6 +7,7 @@ from cheapertraining.mixing.strategies.doge import DoGEStrategy, DoGETargetStrat
 from cheapertraining.mixing.strategies.doremi import DoReMiStrategy
 from cheapertraining.mixing.strategies.grape import GRAPEStrategy
 from cheapertraining.mixing.strategies.influence import InfluenceStrategy
+from cheapertraining.mixing.strategies.matching import MatchingStrategy
 from cheapertraining.mixing.strategies.mixing_law import MixingLawStrategy, RegMixStrategy
 from cheapertraining.mixing.strategies.odm import ODMStrategy
 from cheapertraining.mixing.strategies.pike import PiKEStrategy
@@ -25,6 +26,7 @@ __all__ = [
     "DoReMiStrategy",
     "GRAPEStrategy",
     "InfluenceStrategy",
+    "MatchingStrategy",
     "MixingLawStrategy",
     "ODMStrategy",
     "PiKEStrategy",
