@@ -129,7 +129,7 @@ def test_scientific_notation_is_a_number(run_yaml: Path) -> None:
             "optimizer.learning_rate=1",
             "optimizer.learning_rate (command line): unknown key. Known here: name, lr, betas, eps, weight_decay.",
         ),
-        ("parallelism.fsdp2.reshard=true", "parallelism.fsdp2 (command line): unknown key. Known here: no key at all."),
+        ("parallelism.fdsp2={}", "parallelism.fdsp2 (command line): unknown key. Did you mean 'fsdp2'?"),
         ("data.sources.a.wieght=1", "data.sources.a.wieght (command line): unknown key. Did you mean 'weight'?"),
         ("optimizer.lr=abc", "optimizer.lr (command line): expected a number above 0, found 'abc'."),
         ("optimizer.lr='0.1'", "expected a number above 0, found '0.1'. Write it without quotes."),

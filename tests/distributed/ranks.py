@@ -89,7 +89,7 @@ def work(path: Path, measuring: Path, folder: Path) -> None:
             if (layout, scorer) != ("fsdp", "hook"):
                 measured = (f"run_name={layout}-{scorer}", f"algorithms.online_mixing.influence.scorer={scorer}")
                 run_once(config_of(measuring, layout, *measured))
-    found = {"gradients": gradients(), "refusals": refusals()}
+    found = {"gradients": gradients(), "refusals": refusals(), "dtypes": dtypes()}
     if rank == 0:
         (folder / "found.json").write_text(json.dumps(found))
 
@@ -130,6 +130,23 @@ def gradients() -> dict[str, list[float]]:
             for wanted in (norm, 0.5):
                 errors.append(abs(float(clip_gradient_norm(cut, 0.5)) / wanted - 1))
             found[f"{name}, {way}"] = errors
+    return found
+
+
+def dtypes() -> dict[str, list[str]]:
+    """Of a weight as it multiplies, and of its gradient, by the kind of mixed precision."""
+    found = {}
+    for kind in ("DEFAULT", "PURE", "FULL"):
+        settings = ParallelismConfig(fsdp2=FSDP2Config(mixed_precision=kind))  # type: ignore[arg-type]
+        cut = build_spread(
+            lambda: CausalLM(MODELS["llama"]()), Layout("fsdp2", 1, 2, 1), settings, "amp_bf16", torch.device("cpu")
+        )
+        seen: list[str] = []
+        projection = cut.get_submodule("model.model.layers.0.mlp.up_proj")
+        projection.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(str(module.weight.dtype)))
+        batch = ragged_batch()
+        cut.loss(cut(batch), batch).backward()
+        found[kind] = [*seen, str(projection.weight.grad.dtype)]
     return found
 
 

@@ -129,6 +129,12 @@ def test_gradients_and_their_norm_are_those_of_the_whole_model(model: str, way: 
     assert clipped <= 1e-5
 
 
+def test_mixed_precision_is_as_composer_names_it(runs: Runs) -> None:
+    """Parameters gathered in half where asked for; gradients of the float32 shards are float32 in any case."""
+    half, full = "torch.bfloat16", "torch.float32"
+    assert runs.found["dtypes"] == {"DEFAULT": [half, full], "PURE": [half, full], "FULL": [full, full]}
+
+
 @pytest.mark.parametrize(
     ("what", "words"),
     [

@@ -24,6 +24,7 @@ __all__ = [
     "LAYOUTS",
     "OBJECTIVES",
     "OPTIMIZERS",
+    "VARIANTS",
     "Outcome",
     "config_of",
     "difference",
@@ -43,6 +44,15 @@ LAYOUTS: dict[int, list[str]] = {
     4: ["ddp", "fsdp", "fsdp2", "hsdp", "tp", "fsdp2_tp"],
 }
 """Names in ``yamls/distributed`` by the number of processes that they are tried on."""
+
+VARIANTS: dict[str, tuple[str, list[str]]] = {
+    "fsdp2, gathered once": ("fsdp2", ["parallelism.fsdp2.reshard_after_forward=false"]),
+    "fsdp2, activations again": ("fsdp2", ["parallelism.activation_checkpointing=true"]),
+    "fsdp2, on the host": ("fsdp2", ["parallelism.fsdp2.cpu_offload=true"]),
+    "fsdp2, compiled": ("fsdp2", ["parallelism.compile_blocks=true"]),
+    "tp, activations again": ("tp", ["parallelism.activation_checkpointing=true"]),
+}
+"""Options, each under one layout on two processes."""
 
 OBJECTIVES: dict[str, list[str]] = {"cross_entropy": []}
 """What a run trains for, as overrides; one more objective is one more entry."""

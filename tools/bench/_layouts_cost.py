@@ -8,7 +8,6 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from composer import Trainer
@@ -46,29 +45,38 @@ SAVERS = {
 
 
 def report_cost(path: Path, folder: Path) -> None:
-    """Print both tables."""
-    _layouts.spawn(measure_all, WORLD, path, folder, method="fork")
-    found: dict[str, Any] = json.loads((folder / "cost.json").read_text())
-    base = found["layouts"]["ddp"]
+    """Print both tables. Each layout has processes of its own, since memory that was freed may stay with a process."""
+    layouts, savers = {}, {}
+    for name, (layout, overrides) in LAYOUTS.items():
+        _layouts.spawn(measure_layout, WORLD, path, layout, overrides, folder, method="fork")
+        layouts[name] = json.loads((folder / "cost.json").read_text())
+    for name, overrides in SAVERS.items():
+        _layouts.spawn(measure_saver, WORLD, path, overrides, folder, method="fork")
+        savers[name] = json.loads((folder / "cost.json").read_text())
+    base = layouts["ddp"]
     print("\n| layout | peak MiB of a rank | x DDP | CPU-seconds of a step, all ranks | x DDP |")
     print("| --- | --- | --- | --- | --- |")
-    for name, (peak, seconds) in found["layouts"].items():
+    for name, (peak, seconds) in layouts.items():
         row = (f"{peak:.0f}", f"{peak / base[0]:.2f}", f"{seconds:.2f}", f"{seconds / base[1]:.2f}")
         print(f"| {name} | {' | '.join(row)} |")
     print("\n| fsdp2 saves | training waits, s | until it is on disk, s | MiB on disk |\n| --- | --- | --- | --- |")
-    for name, (stall, whole, size) in found["savers"].items():
+    for name, (stall, whole, size) in savers.items():
         print(f"| {name} | {stall:.3f} | {whole:.3f} | {size:.1f} |")
 
 
-def measure_all(path: Path, folder: Path) -> None:
-    """Measure on this group; rank 0 writes ``cost.json``."""
-    found: dict[str, Any] = {"layouts": {}, "savers": {}}
-    for name, (layout, overrides) in LAYOUTS.items():
-        peaks, seconds = _gathered(_step_cost(path, layout, overrides))
-        found["layouts"][name] = max(peaks), sum(seconds)
-    for name, overrides in SAVERS.items():
-        stalls, wholes, sizes = _gathered(_save_cost(path, overrides))
-        found["savers"][name] = max(stalls), max(wholes), sizes[0]
+def measure_layout(path: Path, layout: str, overrides: list[str], folder: Path) -> None:
+    """Measure a layout on this group; rank 0 writes ``cost.json``: peak memory in MiB, CPU-seconds."""
+    peaks, seconds = _gathered(_step_cost(path, layout, overrides))
+    _write(folder, [max(peaks), sum(seconds)])
+
+
+def measure_saver(path: Path, overrides: list[str], folder: Path) -> None:
+    """The same of a way to save: seconds that training waits, seconds until it is on disk, MiB."""
+    stalls, wholes, sizes = _gathered(_save_cost(path, overrides))
+    _write(folder, [max(stalls), max(wholes), sizes[0]])
+
+
+def _write(folder: Path, found: list[float]) -> None:
     if dist.get_rank() == 0:
         (folder / "cost.json").write_text(json.dumps(found))
 

@@ -25,12 +25,28 @@ from typing import Any
 import torch
 
 from tools.bench import _layouts
-from tools.bench._layouts import LAYOUTS, OBJECTIVES, OPTIMIZERS, Outcome, config_of, difference, resume_from, spawn
+from tools.bench._layouts import (
+    LAYOUTS,
+    OBJECTIVES,
+    OPTIMIZERS,
+    VARIANTS,
+    Outcome,
+    config_of,
+    difference,
+    resume_from,
+    spawn,
+)
 from tools.bench._layouts_cost import report_cost
 from tools.bench._layouts_kills import report_kills
 from tools.bench._shards import library_texts, write_sources
 
 SAVED_AT, STEPS_AFTER = 6, 2
+SOURCES = {
+    1: [("single", 1), *((layout, 2) for layout in LAYOUTS[2]), *((layout, 4) for layout in LAYOUTS[4])],
+    2: [("single", 1), *((layout, 2) for layout in LAYOUTS[2]), ("fsdp2", 4), ("fsdp2_tp", 4)],
+    4: [("single", 1), ("fsdp2", 2), ("tp", 2), ("ddp", 4), ("hsdp", 4), ("fsdp2_tp", 4)],
+}
+"""Whose checkpoints are resumed on a number of processes; one process goes on from all of them."""
 FORMATS = ("full", "sharded")
 
 
@@ -56,29 +72,31 @@ def train_all(path: Path, layouts: Sequence[str], optimizers: Sequence[str], ste
     """Run every layout with every optimizer and objective on this group; rank 0 writes ``results/<name>.pt``."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for layout in layouts:
+        base, options = VARIANTS.get(layout, (layout, []))
         for objective, overrides in OBJECTIVES.items():
             for optimizer in optimizers:
-                name = f"{name_of(layout, world)}-{objective}-{optimizer}"
-                config = config_of(path, layout, f"run_name={name}", f"max_duration={steps}ba", *overrides)
-                outcome = _layouts.run_once(config, optimizer)
+                name = f"{name_of(layout, world)}-{objective}-{optimizer}".replace(", ", "-").replace(" ", "-")
+                choice = [f"run_name={name}", f"max_duration={steps}ba", *options, *overrides]
+                outcome = _layouts.run_once(config_of(path, base, *choice), optimizer)
                 if rank == 0:
                     torch.save(vars(outcome), results / f"{name}.pt")
 
 
 def outcome_of(results: Path, name: str) -> Outcome:
     """What :func:`train_all` has written."""
-    return Outcome(**torch.load(results / f"{name}.pt", weights_only=True))
+    return Outcome(**torch.load(results / f"{name.replace(', ', '-').replace(' ', '-')}.pt", weights_only=True))
 
 
 def report_parity(path: Path, folder: Path) -> None:
     """Print the table of differences from one process."""
-    for world, layouts in LAYOUTS.items():
-        spawn(train_all, world, path, layouts, list(OPTIMIZERS), 20, folder, method="fork")
+    spawn(train_all, 1, path, ["single"], list(OPTIMIZERS), 20, folder, method="fork")
     print("\n| layout | objective | optimizer | losses of 20 steps | final weights |")
     print("| --- | --- | --- | --- | --- |")
-    for layout, world in every_layout()[1:]:
+    rows = [(*each, list(OPTIMIZERS)) for each in every_layout()[1:]] + [(name, 2, ["adamw"]) for name in VARIANTS]
+    for layout, world, optimizers in rows:
+        spawn(train_all, world, path, [layout], optimizers, 20, folder, method="fork")
         for objective in OBJECTIVES:
-            for optimizer in OPTIMIZERS:
+            for optimizer in optimizers:
                 name = f"{name_of(layout, world)}-{objective}-{optimizer}"
                 alone = outcome_of(folder, f"single-{objective}-{optimizer}")
                 losses, weights = difference(outcome_of(folder, name), alone)
@@ -94,20 +112,25 @@ def saved_checkpoint(path: Path, layout: str, world: int, kind: str) -> Path:
     return run / "checkpoints" / f"ep0-ba{SAVED_AT}{suffix}"
 
 
+def format_of(layout: str, turn: int) -> str:
+    """The format to take in this turn; FSDP1 on a CPU has shards only."""
+    return "sharded" if layout == "fsdp" else FORMATS[turn % 2]
+
+
 def save_all(path: Path, layouts: Sequence[str]) -> None:
     """Train ``SAVED_AT`` batches under every layout, and save in either format."""
     world = int(os.environ["WORLD_SIZE"])
     for layout in layouts:
-        for kind in FORMATS:
+        for kind in sorted({format_of(layout, turn) for turn in range(2)}):
             run = f"run_name=saved-{name_of(layout, world)}-{kind}"
             choice = [run, f"parallelism.state_dict_type={kind}", f"max_duration={SAVED_AT}ba"]
             _layouts.run_once(config_of(path, layout, *choice))
 
 
-def resume_all(path: Path, pairs: Sequence[tuple[str, str]], results: Path) -> None:
-    """Go on from checkpoints, each under a layout: ``(layout, checkpoint)``; rank 0 writes ``results/<n>.pt``."""
+def resume_all(path: Path, layout: str, checkpoints: Sequence[tuple[int, str]], results: Path) -> None:
+    """Go on from checkpoints under a layout, ``(n, checkpoint)``; rank 0 writes ``results/resumed-<world>-<n>.pt``."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    for number, (layout, checkpoint) in enumerate(pairs):
+    for number, checkpoint in checkpoints:
         run = f"resumed-{world}-{number}"
         if rank == 0:
             resume_from(path, run, Path(checkpoint))
@@ -125,22 +148,21 @@ def report_checkpoints(path: Path, folder: Path) -> None:
     after = undisturbed.losses[SAVED_AT:]
     for world, layouts in LAYOUTS.items():
         spawn(save_all, world, path, layouts, method="fork")
-    sources = every_layout()
-    columns = [name_of(*source) for source in sources]
-    print(f"\n| resumed as \\ saved as | {' | '.join(columns)} |\n| --- |{' --- |' * len(columns)}", flush=True)
     for world, layouts in LAYOUTS.items():
-        # In turns, so that every pair of layouts is seen, and every layout with both formats.
-        pairs = [
-            (layout, str(saved_checkpoint(path, *source, FORMATS[(row + column) % 2])))
-            for row, layout in enumerate(layouts)
-            for column, source in enumerate(sources)
-        ]
-        spawn(resume_all, world, path, pairs, folder, method="fork")
-        found = [outcome_of(folder, f"resumed-{world}-{number}") for number in range(len(pairs))]
-        errors = [max(abs(a - b) / b for a, b in zip(one.losses, after, strict=True)) for one in found]
+        sources = SOURCES[world]
+        columns = [name_of(*source) for source in sources]
+        print(f"\n| resumed as \\ saved as | {' | '.join(columns)} |\n| --- |{' --- |' * len(columns)}", flush=True)
         for row, layout in enumerate(layouts):
-            cells = [f"{error:.0e}" for error in errors[row * len(sources) : (row + 1) * len(sources)]]
-            print(f"| {name_of(layout, world)} | {' | '.join(cells)} |", flush=True)
+            # In turns, so that every layout is seen with both formats.
+            checkpoints = [
+                str(saved_checkpoint(path, *source, format_of(source[0], row + column)))
+                for column, source in enumerate(sources)
+            ]
+            numbers = [row * len(sources) + column for column in range(len(sources))]
+            spawn(resume_all, world, path, layout, list(zip(numbers, checkpoints, strict=True)), folder, method="fork")
+            found = [outcome_of(folder, f"resumed-{world}-{number}") for number in numbers]
+            errors = [max(abs(a - b) / b for a, b in zip(one.losses, after, strict=True)) for one in found]
+            print(f"| {name_of(layout, world)} | {' | '.join(f'{error:.0e}' for error in errors)} |", flush=True)
 
 
 def main(arguments: Sequence[str]) -> None:
