@@ -6,16 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch.multiprocessing as mp
 
 from cheapertraining.influence import SourceEstimator
 from tests.influence.tiny_llama import Sources, probe_loader, tiny_llama
 from tests.influence.two_ranks import measure
+from tests.processes import run_on_ranks
 
 
 @pytest.mark.slow
 def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
-    mp.spawn(measure, args=(2, str(tmp_path)), nprocs=2)
+    run_on_ranks(measure, str(tmp_path))
     first, second = (np.load(tmp_path / f"rank{rank}.npz") for rank in range(2))
     look = SourceEstimator(Sources(), {"p": probe_loader()}, probe_samples=5, source_samples=3)
     alone = [look.measure(tiny_llama(), update_index=update) for update in range(2)]

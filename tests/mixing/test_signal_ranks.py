@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests.influence.sharded_ranks import CASES as DTYPES
 from tests.influence.sharded_ranks import plain
 from tests.mixing.signal_ranks import CASES, HALF, moments, results, run
+from tests.processes import run_on_ranks
 
 WORLD = 2
 Found = dict[str, dict[str, torch.Tensor]]
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run, args=(WORLD, str(folder)), nprocs=WORLD)
+    run_on_ranks(run, str(folder), ranks=WORLD)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 

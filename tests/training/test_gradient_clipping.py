@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 from cheapertraining.errors import UserError
 from cheapertraining.training import ZClip, ZClipStats
+from tests.processes import run_on_ranks
 from tests.training import sharded_loop
 
 
@@ -148,7 +148,7 @@ def test_bad_settings(settings: dict[str, float], message: str) -> None:
 @pytest.mark.slow
 def test_shards_are_clipped_by_the_norm_of_the_whole(tmp_path: Path) -> None:
     """FSDP2 and FSDP on two processes: the norms and what becomes of them are those of one process."""
-    mp.spawn(sharded_loop.run, args=(2, str(tmp_path)), nprocs=2)
+    run_on_ranks(sharded_loop.run, str(tmp_path))
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first == second
     alone = sharded_loop.clipped(sharded_loop.make_model())
