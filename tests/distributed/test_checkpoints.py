@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +93,6 @@ def test_a_folder_is_replaced_as_a_whole(saved: Path) -> None:
 @pytest.mark.parametrize("background", [False, True])
 def test_a_save_that_fails_publishes_nothing(background: bool, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk is full: every write to a shard fails."""
-    import os
 
     def full(descriptor: int) -> None:
         if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".distcp"):
@@ -139,6 +142,17 @@ def test_what_a_killed_save_left_is_refused(saved: Path) -> None:
     left = saved.rename(saved.with_name(".unfinished-ep0-ba1"))
     with pytest.raises(UserError, match="not written to its end"):
         checkpoint_kind(left)
+
+
+def test_after_kills_in_the_middle_of_saves_the_last_whole_checkpoint_loads(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("kill_saves.py")
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(script), str(tmp_path / "saves"), "10"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    kills = re.match(r"10 kills, (\d+) in the middle of a save", done.stdout)
+    assert kills is not None
+    assert int(kills[1]) > 0
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
