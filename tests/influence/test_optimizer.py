@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LinearLR, SequentialLR
 
 from cheapertraining.errors import UserError
 from cheapertraining.influence import InfluenceAwareOptimizer
 from tests.influence import optimizer_ranks
 from tests.influence.plain_run import EVEN, Run, make_run, same_state
+from tests.processes import run_on_ranks
 
 
 @pytest.fixture
@@ -249,7 +249,7 @@ def test_bad_arguments(run: Run, settings: dict[str, Any], message: str) -> None
 # ---- several ranks ---------------------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_ranks_agree_and_differing_ranks_are_stopped(tiny_sample: Path, tmp_path: Path) -> None:
-    mp.spawn(optimizer_ranks.train, args=(2, str(tmp_path), str(tiny_sample)), nprocs=2)
+    run_on_ranks(optimizer_ranks.train, str(tmp_path), str(tiny_sample))
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert "ranks disagree on the new weights by up to 0.1" in first["said"]
     assert first == second

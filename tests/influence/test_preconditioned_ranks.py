@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests.influence.preconditioned_ranks import CASES, results, run
 from tests.influence.tiny_llama import tiny_llama
+from tests.processes import run_on_ranks
 
 Found = dict[str, dict[str, torch.Tensor]]
 Rank = dict[str, Any]
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Rank]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run, args=(2, str(folder)), nprocs=2)
+    run_on_ranks(run, str(folder))
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 

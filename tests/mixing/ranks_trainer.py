@@ -1,4 +1,4 @@
-"""A short mixing run on this rank of several, as a script for the launcher: SAMPLE_FOLDER OUTPUT_FOLDER."""
+"""A short mixing run on this rank of several, as a script: SAMPLE_FOLDER OUTPUT_FOLDER."""
 
 from __future__ import annotations
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +27,7 @@ from cheapertraining.mixing import (
     Strategy,
 )
 from tests.observe.tiny_trainer import GLOBAL_BATCH, LAG, ROW, tiny_loader, tiny_trainer
+from tests.processes import start
 
 NAMES = ("code", "docs", "topics")
 
@@ -202,13 +200,11 @@ def test_state_is_plain_numbers_that_json_keeps_exactly(undisturbed: Any) -> Non
 
 @pytest.mark.slow
 def test_two_ranks_decide_what_one_does(tiny_sample: Path, tmp_path: Path) -> None:
-    script = str(Path(__file__).with_name("ranks_trainer.py"))
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    script = Path(__file__).with_name("ranks_trainer.py")
     for ranks in (1, 2):
-        command = [sys.executable, "-m", "composer.cli.launcher", "-n", str(ranks), script, tiny_sample, tmp_path]
-        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        process = start(script, str(tiny_sample), str(tmp_path), folder=tmp_path, ranks=ranks)
+        output, errors = process.communicate()
+        assert process.returncode == 0, output + errors
     names = ("0of1.json", "0of2.json", "1of2.json")
     alone, first, second = (json.loads((tmp_path / name).read_text()) for name in names)
     assert first == second
