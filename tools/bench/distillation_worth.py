@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 VARIANTS = ("ce", "live", "top12+tail", "top12", "sampled50")
-IDEAS = ("sampled63", "multinomial50", "sampled50-alpha1", "sampled50-T2")
+IDEAS = ("sampled12", "sampled63", "multinomial50", "sampled50-alpha1", "sampled50-T2")
 LABELS = {
     "ce": "cross-entropy alone",
     "live": "live teacher, forward KL",
     "top12+tail": "cached top-12 with tail",
     "top12": "cached top-12, renormalized",
     "sampled50": "cached, 50 systematic draws",
+    "sampled12": "cached, 12 systematic draws",
     "sampled63": "cached, 63 systematic draws",
     "multinomial50": "cached, 50 independent draws",
     "sampled50-alpha1": "50 systematic draws, alpha 1",
@@ -50,6 +51,7 @@ def variants() -> dict[str, Any]:
         "top12+tail": Variant("top_k", 12),
         "top12": Variant("top_k", 12, renormalize=True),
         "sampled50": sampled,
+        "sampled12": replace(sampled, size=12),
         "sampled63": replace(sampled, size=63),
         "multinomial50": replace(sampled, drawing="multinomial"),
         "sampled50-alpha1": replace(sampled, alpha=1.0),
