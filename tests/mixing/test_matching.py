@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import nnls
+from scipy.optimize import minimize
 
 from cheapertraining.errors import UserError
 from cheapertraining.influence import ProbeBank
@@ -16,7 +16,7 @@ from cheapertraining.influence.model_access import sample_losses
 from cheapertraining.influence.scorers.gram import GradientEstimator, SourceGradients
 from cheapertraining.mixing import MatchingStrategy
 from cheapertraining.mixing.signals import SourceInfo
-from cheapertraining.mixing.strategies.matching import nearest_combination
+from cheapertraining.mixing.strategies.matching import nearest_mixture
 from tests.influence.tiny_llama import Sources, probe_loader, tiny_llama
 from tests.mixing.test_ports import signals
 
@@ -51,17 +51,30 @@ def wish_of(gradients: Float64, target: Float64, noise: float = 0.0, **settings:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_solves_as_scipy_does(seed: int) -> None:
-    """The same problem as non-negative least squares in stacked form, by Lawson and Hanson's active sets."""
+    """The same problem by sequential least squares."""
     rng = np.random.default_rng(seed)
     gradients, target = rng.standard_normal((6, 40)), rng.standard_normal(40)
     pull, prior = rng.uniform(0.1, 2.0, 6), rng.dirichlet(np.ones(6))
-    gram, products = gradients @ gradients.T, gradients @ target
-    reach = max(0.0, (prior @ products) / (prior @ gram @ prior))
-    stacked = np.vstack([gradients.T, np.diag(np.sqrt(pull))])
-    expected, _ = nnls(stacked, np.concatenate([target, np.sqrt(pull) * reach * prior]))
-    found = nearest_combination(gram, products, pull, prior)
-    assert found is not None
-    np.testing.assert_allclose(found, expected, atol=1e-7)
+    gram, products = gradients @ gradients.T, 10 * gradients @ target
+
+    def loss(w: Float64) -> float:
+        return float(w @ gram @ w - 2 * w @ products + pull @ (w - prior) ** 2)
+
+    found = nearest_mixture(gram, products, pull, prior)
+    assert found.min() >= 0
+    assert found.sum() == pytest.approx(1)
+    expected = minimize(
+        loss, prior, bounds=[(0, 1)] * 6, constraints={"type": "eq", "fun": lambda w: w.sum() - 1}, tol=1e-12
+    )
+    assert loss(found) <= loss(expected.x / expected.x.sum()) + 1e-9
+    np.testing.assert_allclose(found, expected.x, atol=1e-3)
+
+
+def test_a_source_that_is_known_by_heart_is_not_called_on_for_its_short_gradient() -> None:
+    """Its direction is the target's own, but a step on it is a hundredth of one on the other."""
+    gradients = np.array([[0.01, 0.0], [0.8, 0.6]])
+    # By hand: the least of (1 - 0.01 (1 - w) - 0.8 w)**2 + (0.6 w)**2.
+    assert wish_of(gradients, np.array([1.0, 0.0]))[1] == pytest.approx(0.79 * 0.99 / (0.79**2 + 0.36), abs=1e-4)
 
 
 def test_a_target_that_is_the_mean_of_the_sources_keeps_them_even() -> None:
@@ -77,13 +90,13 @@ def test_the_target_s_own_source_gets_all_and_a_useless_one_nothing() -> None:
 
 def test_a_source_that_repeats_another_shares_its_weight() -> None:
     gradients = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    wish = wish_of(gradients, np.array([1.0, 1.0]), noise=1e-6)
+    wish = wish_of(gradients, np.array([0.5, 0.5]), noise=1e-3)
     np.testing.assert_allclose(wish, [0.25, 0.25, 0.5], atol=1e-3)
 
 
 def test_noise_pulls_to_the_prior_and_the_unit_of_the_gradients_does_not_matter() -> None:
     gradients = np.array([[1.0, 0.2], [0.2, 1.0], [-0.5, 0.1]])
-    target = np.array([1.0, 0.0])
+    target = np.array([1.0, 0.2])
     shares = [wish_of(gradients, target, noise)[0] for noise in (0.0, 1.0, 10.0, 1e6)]
     assert shares == sorted(shares, reverse=True)
     assert shares[0] > 0.99

@@ -4,19 +4,20 @@ A step on the target's data would follow its gradient ``g_T``; a step on a mixtu
 weights are asked for under which the second is most like the first (GRAD-MATCH, Killamsetty et al., arXiv 2103.00123,
 chooses samples of one data set so; the noise terms and the use on a mixture are our own):
 
-    minimise over u >= 0   |g_T - sum_k u_k g_k|**2 + ridge * sum_k e_k (u_k - c p_k)**2,     w = u / sum u
+    minimise on the simplex   |g_T - sum_k w_k g_k|**2 + ridge * sum_k e_k (w_k - p_k)**2
 
 All that it needs are products, ``<g_k, g_l>`` and ``<g_k, g_T>``. Unlike rules that follow the scores ``<g_k, g_T>``
 alone, it counts what the sources have in common only once: where the target is the mean over the sources, its solution
 is their uniform mixture and not the source with the largest gradient, and a source that repeats another shares its
-weight with it.
+weight with it. As the weights sum to 1, a source that is known by heart, whose gradient is short, is not called on more
+for that.
 
 *Noise.* ``g_k`` is the mean over a few samples. ``|g_k|**2`` is taken without the bias that this brings, and ``e_k``,
-the squared error of the mean, pulls ``u_k`` to where nothing is known: the prior mixture ``p``, at the length ``c =
-<g_T, g_p> / |g_p|**2`` that matches the target best. Products are divided by the mean ``|g_k|**2`` of their measurement
-and averaged over decisions (``ema``, corrected for its start), and ``e_k`` shrinks with that average.
+the squared error of the mean, pulls ``w_k`` to where nothing is known: the prior mixture ``p``. Products are divided by
+the mean ``|g_k|**2`` of their measurement and averaged over decisions (``ema``, corrected for its start), and ``e_k``
+shrinks with that average.
 
-*Sharpness* ``s``: ``w_k`` is proportional to ``p_k * (u_k / p_k)**s``. The pull to the prior is meant for the noise of
+*Sharpness* ``s``: the wish is proportional to ``p_k * (w_k / p_k)**s``. The pull to the prior is meant for the noise of
 one decision; with ``s`` above 1 what stands out of it is followed further.
 
 Cost: a ``GRAM`` measurement with probes a decision, a forward and backward pass without weight gradients over ``K *
@@ -29,17 +30,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cheapertraining.errors import UserError
 from cheapertraining.mixing.signals import GRAM, PROBE_PRODUCTS, Array, Signals, SourceInfo
 from cheapertraining.mixing.strategies.base import by_name, from_names
 
-__all__ = ["MatchingStrategy", "nearest_combination"]
+__all__ = ["MatchingStrategy", "nearest_mixture"]
 
 _VERSION = 1
 _KEY = "algorithms.online_mixing.matching"
 _CONVERGED = 1e-10
-_TINY = float(np.finfo(np.float64).tiny)
 _SMALLEST_EIGENVALUE = 1e-6  # Of the largest: unbiased norms may leave the matrix slightly indefinite.
 
 
@@ -92,14 +93,12 @@ class MatchingStrategy:
         self._errors = keep**2 * self._errors + take**2 * measured.variances / measured.samples / scale
         self._total = keep * self._total + take
         total = self._total
-        nearest = nearest_combination(
+        nearest = nearest_mixture(
             self._gram / total, self._target / total, self.ridge * self._errors / total**2, self._prior
         )
-        if nearest is None:
-            return None
         wish = np.where(self._prior > 0, self._prior, 0.0)
         lift = np.divide(nearest, self._prior, out=np.zeros(len(nearest)), where=self._prior > 0)
-        wish = wish * (lift / max(float(lift.max()), _TINY)) ** self.sharpness
+        wish = wish * (lift / lift.max()) ** self.sharpness
         return np.asarray(wish / wish.sum())
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,49 +121,46 @@ class MatchingStrategy:
         self._total = float(state["total"])
 
 
-def nearest_combination(gram: Array, target: Array, pull: Array, prior: Array) -> Array | None:
-    """``argmin_(u >= 0) u' G u - 2 u' t + sum_k pull_k (u_k - c p_k)**2``; see the module's text.
+def nearest_mixture(gram: Array, target: Array, pull: Array, prior: Array) -> Array:
+    """``argmin_w w' G w - 2 w' t + sum_k pull_k (w_k - p_k)**2`` on the simplex; see the module's text.
+
+    By active sets: of the sources that are not at 0 the optimum is that of a linear system; sources leave where it is
+    below 0, and come back where their slope is above the others'.
 
     Args:
         gram: ``[K, K]``, products of the sources' gradients.
         target: ``[K]``, their products with the target's.
         pull: ``[K]``, non-negative.
-        prior: ``[K]``, sums to 1.
-
-    Returns:
-        ``u``, ``[K]``; None where the prior's gradient does not lead towards the target and nothing else does.
+        prior: ``[K]``, sums to 1; a source at 0 stays there.
     """
-    length = float(prior @ gram @ prior)
-    reach = max(0.0, float(prior @ target) / length) if length > 0 else 0.0
     values, vectors = np.linalg.eigh((gram + gram.T) / 2 + np.diag(pull))
     matrix = (vectors * np.maximum(values, _SMALLEST_EIGENVALUE * values.max())) @ vectors.T
-    wanted = target + pull * reach * prior
-    u = _non_negative_solution(matrix, wanted)
-    return u if u.sum() > 0 else None
-
-
-def _non_negative_solution(matrix: Array, wanted: Array) -> Array:
-    """``argmin_(u >= 0) u' A u / 2 - u' b`` for positive definite ``A``, by active sets.
-
-    Lawson & Hanson 1974; on the normal equations, Bro & de Jong 1997.
-    """
-    u = np.zeros(len(wanted))
-    free = np.zeros(len(wanted), bool)
-    tolerance = _CONVERGED * float(np.abs(wanted).max())
-    for _ in range(3 * len(wanted) + 1):
-        slope = np.where(free, -np.inf, wanted - matrix @ u)
-        if slope.max() <= tolerance:
+    wanted = target + pull * prior
+    allowed = prior > 0
+    free, w = allowed.copy(), np.where(allowed, prior, 0.0)
+    tolerance = _CONVERGED * float(np.abs(matrix).max())
+    for _ in range(10 * len(w)):
+        solved, slope = _on_face(matrix, wanted, free)
+        below = free & (solved < 0)
+        if below.any():
+            w = w + float((w[below] / (w[below] - solved[below])).min()) * (solved - w)
+            free &= w > _CONVERGED
+            w = np.where(free, w, 0.0)
+            continue
+        w = solved
+        beyond = np.where(allowed & ~free, wanted - matrix @ w - slope, -np.inf)
+        if beyond.max() <= tolerance:
             break
-        free[int(slope.argmax())] = True
-        while True:
-            solved = np.zeros(len(wanted))
-            solved[free] = np.linalg.solve(matrix[np.ix_(free, free)], wanted[free])
-            below = free & (solved <= 0)
-            if not below.any():
-                break
-            step = (u[below] / np.maximum(u[below] - solved[below], _TINY)).min()
-            u = u + step * (solved - u)
-            free &= u > _CONVERGED * float(u.max())
-            u[~free] = 0.0
-        u = solved
-    return u
+        free[int(beyond.argmax())] = True
+    return np.asarray(w / w.sum())
+
+
+def _on_face(matrix: Array, wanted: Array, free: NDArray[np.bool_]) -> tuple[Array, float]:
+    """The optimum with ``free`` sources alone, which may be below 0, and the slope that they share there."""
+    count = int(free.sum())
+    system = np.ones((count + 1, count + 1))
+    system[:count, :count], system[count, count] = matrix[np.ix_(free, free)], 0.0
+    found = np.linalg.solve(system, np.append(wanted[free], 1.0))
+    solved = np.zeros(len(wanted))
+    solved[free] = found[:count]
+    return solved, float(found[count])
