@@ -77,9 +77,11 @@ from cheapertraining.mixing import (
 from cheapertraining.mixing.offline import read_table, read_two_tables
 from cheapertraining.models import CausalLM, build_causal_lm
 from cheapertraining.models.sharded import build_spread
+from cheapertraining.models.stages import build_pipelined
 from cheapertraining.observe import ConsoleLines, GracefulStop, JsonlLogger, MixtureSummary
 from cheapertraining.observe.checkpoints import AtomicCheckpointSaver
 from cheapertraining.observe.exhaustion import StopWhenExhausted
+from cheapertraining.observe.stages import StagesCheckpointSaver
 
 Device = Literal["cpu", "gpu"]
 Precision = Literal["fp32", "amp_bf16", "amp_fp16"]
@@ -108,6 +110,8 @@ def resolve_precision(config: RunConfig, device: Device) -> Precision:
 def build_microbatch_size(config: RunConfig, device: Device, world_size: int) -> int | Literal["auto"]:
     """Rows per forward pass; Composer can search for it (``auto``) on CUDA only."""
     size = config.train_loader.device_microbatch_size
+    if config.parallelism.pp is not None:  # its schedule divides the batch
+        return config.train_loader.global_batch_size
     if size == "auto" and device == "cpu":
         return config.train_loader.global_batch_size // world_size
     return size
@@ -135,6 +139,17 @@ def build_spread_model(
     """The model as the run's ``parallelism`` spreads it over the ranks, with the same weights."""
     whole = partial(build_model, config, tokenizer, precision)
     where = torch.device("cuda" if device == "gpu" else "cpu")
+    if layout.engine == "pipeline":
+        size = config.train_loader.device_microbatch_size
+        assert size != "auto"  # refused before
+        return build_pipelined(
+            whole,
+            config.parallelism,
+            where,
+            batch_size=config.train_loader.global_batch_size,
+            microbatch_size=size,
+            seq_len=config.data.seq_len,
+        )
     return build_spread(whole, layout, config.parallelism, precision, where)
 
 
@@ -200,7 +215,7 @@ def build_train_spec(loader: MixtureLoader, copies: int = 1) -> DataSpec:
 def build_evaluators(config: RunConfig, loader: MixtureLoader, layout: Layout | None = None) -> list[Evaluator]:
     """An evaluator for each held-out split (``heldout/<source>``) and each probe (``probe/<name>``).
 
-    Under tensor parallelism the last samples of a split that do not divide among the data parallel ranks are left out:
+    Where ranks share samples, the last ones of a split that do not divide among the data parallel ranks are left out:
     Composer drops what a sampler fills up with by the number of all ranks.
     """
     splits = {f"heldout/{name}": split for name, split in loader.heldout.items()}
@@ -208,7 +223,7 @@ def build_evaluators(config: RunConfig, loader: MixtureLoader, layout: Layout | 
     evaluators = []
     for label, split in splits.items():
         sampler: Sampler[Any] = split.sampler  # type: ignore[assignment]
-        if layout is not None and layout.tensor > 1:
+        if layout is not None and layout.copies > 1:
             mine = data_rank(layout, dist.get_global_rank())
             sampler = DistributedSampler(split.dataset, layout.data, mine, shuffle=False, drop_last=True)
         rows = DataLoader(
@@ -469,7 +484,7 @@ def build_callbacks(config: RunConfig, loader: MixtureLoader, folder: Path, devi
         *callbacks,
         MixtureSummary(loader.mixture, folder),
         StopWhenExhausted(loader.mixture),
-        AtomicCheckpointSaver(
+        (AtomicCheckpointSaver if config.parallelism.pp is None else StagesCheckpointSaver)(
             folder / "checkpoints",
             config.save_interval,
             config.save_num_checkpoints_to_keep,

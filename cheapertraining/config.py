@@ -636,12 +636,30 @@ class TensorParallelConfig:
 
 
 @dataclass
+class PipelineConfig:
+    """Decoder layers in stages on different ranks, and micro-batches (device_microbatch_size) going through them."""
+
+    pipeline_parallel_degree: Annotated[int, between(1)] | Literal[-1] = -1
+    """Ranks of the pipeline; -1 is all, and others are refused."""
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    """All forward, then all backward; one by one, which keeps fewer activations; or that with several stages a rank."""
+    stages_per_rank: Annotated[int, between(2)] = 2
+    """Of the interleaved schedule; the others have one."""
+
+    @property
+    def stages(self) -> int:
+        """Stages on each rank."""
+        return self.stages_per_rank if self.schedule == "interleaved" else 1
+
+
+@dataclass
 class ParallelismConfig:
-    """How several processes share a model; without fsdp, fsdp2 and tp each holds all of it (DDP)."""
+    """How several processes share a model; without fsdp, fsdp2, tp and pp each holds all of it (DDP)."""
 
     fsdp: FSDPConfig | None = None
     fsdp2: FSDP2Config | None = None
     tp: TensorParallelConfig | None = None
+    pp: PipelineConfig | None = None
     activation_checkpointing: bool = False
     """Keep only the inputs of each decoder block, and run it again in the backward pass."""
     compile_blocks: bool = False
@@ -650,6 +668,8 @@ class ParallelismConfig:
     """Checkpoints as one file, which rank 0 writes, or as a folder that all ranks write; either loads anywhere."""
     async_save: bool = False
     """Write (sharded) checkpoints in the background, from a copy in host memory."""
+    dist_timeout: Positive = 300.0
+    """Seconds after which a rank that waits in vain for another gives up, and the job ends."""
 
 
 # ---- the run -----------------------------------------------------------------------------------------------
@@ -902,9 +922,11 @@ def _origin(key: str, layers: _Layers) -> str:
 def check_batch_size(config: RunConfig, world_size: int) -> None:
     """Raise a UserError where the global batch cannot be split evenly over ``world_size`` processes.
 
-    Those that tensor parallelism cuts a layer over count as one.
+    Those that tensor parallelism cuts a layer over, or a pipeline a model, count as one.
     """
     size = config.train_loader.global_batch_size
+    if config.parallelism.pp is not None:
+        world_size = 1
     if (tensor := config.parallelism.tp) is not None:
         degree = tensor.tensor_parallel_degree
         world_size = 1 if degree == -1 else max(1, world_size // degree)
@@ -987,8 +1009,22 @@ def _parallelism_problems(parallelism: ParallelismConfig) -> Problems:
     if parallelism.tp is not None and parallelism.fsdp2 and parallelism.fsdp2.data_parallel_replicate_degree:
         why = "cannot be had beside tp. Set it to null."
         problems.append(("parallelism.fsdp2.data_parallel_replicate_degree", why))
+    if parallelism.pp is not None:
+        problems.extend(_pipeline_problems(parallelism))
     if parallelism.async_save and parallelism.state_dict_type == "full":
         problems.append(("parallelism.async_save", "needs parallelism.state_dict_type: sharded."))
+    return problems
+
+
+def _pipeline_problems(parallelism: ParallelismConfig) -> Problems:
+    problems: Problems = []
+    for name in ("fsdp", "fsdp2", "tp"):
+        if getattr(parallelism, name) is not None:
+            why = f"cannot be had beside {name}: a stage is not cut any further. Set one of the two to null."
+            problems.append(("parallelism.pp", why))
+    if parallelism.state_dict_type == "sharded":
+        why = "a pipeline writes checkpoints as one file, which loads under every layout. Use full."
+        problems.append(("parallelism.state_dict_type", why))
     return problems
 
 

@@ -19,12 +19,16 @@ def clip_gradient_norm(model: nn.Module, max_norm: float) -> torch.Tensor:
     the squares of what it holds, divided by the number of ranks that hold the same, and one sum over the ranks ends it.
 
     Args:
-        model: plain, in DDP, with FSDP1 inside, or with DTensor parameters (FSDP2, tensor parallelism).
+        model: plain, in DDP, with FSDP1 inside, or with DTensor parameters (FSDP2, tensor parallelism); or one that has
+            a method ``clip_gradients`` (a pipeline), whose business it then is.
         max_norm: largest norm, above 0.
 
     Returns:
         The norm before clipping, a scalar on the device that the ranks talk on (so that nothing waits for it).
     """
+    if hasattr(model, "clip_gradients"):
+        norm: torch.Tensor = cast(Any, model).clip_gradients(max_norm)
+        return norm
     for module in model.modules():
         if type(module).__name__ == "FullyShardedDataParallel" and cast(Any, module).check_is_root():
             own: torch.Tensor = cast(Any, module).clip_grad_norm_(max_norm)  # It alone knows its shards.

@@ -22,7 +22,7 @@ __all__ = ["MESH_NAMES", "Layout", "build_mesh", "check_together", "data_rank", 
 MESH_NAMES = ("data_parallel_replicate", "data_parallel_shard", "tensor_parallel")
 """Dimensions of the mesh, outermost first; the names are Composer's."""
 
-Engine = Literal["replicas", "fsdp", "fsdp2"]
+Engine = Literal["replicas", "fsdp", "fsdp2", "pipeline"]
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,22 @@ class Layout:
     """What is spread how.
 
     Attributes:
-        engine: ``replicas`` (one process, or DDP), ``fsdp`` (FSDP1), or ``fsdp2``, which tensor parallelism also uses.
+        engine: ``replicas`` (one process, or DDP), ``fsdp`` (FSDP1), ``fsdp2``, which tensor parallelism also uses, or
+            ``pipeline``, which has no mesh.
         replicate, shard, tensor: sizes of the mesh, see the module's docstring.
+        stages: ranks of the pipeline.
     """
 
     engine: Engine
     replicate: int = 1
     shard: int = 1
     tensor: int = 1
+    stages: int = 1
+
+    @property
+    def copies(self) -> int:
+        """Ranks that read the same samples."""
+        return self.tensor * self.stages
 
     @property
     def data(self) -> int:
@@ -47,7 +55,7 @@ class Layout:
     @property
     def world(self) -> int:
         """Processes."""
-        return self.data * self.tensor
+        return self.data * self.copies
 
 
 def plan_layout(config: ParallelismConfig, world_size: int) -> Layout:
@@ -56,6 +64,13 @@ def plan_layout(config: ParallelismConfig, world_size: int) -> Layout:
     Raises:
         UserError: the sizes asked for do not make up that number of processes.
     """
+    if config.pp is not None:
+        if config.pp.pipeline_parallel_degree not in (-1, world_size):
+            raise UserError(
+                f"parallelism.pp.pipeline_parallel_degree: expected the number of processes ({world_size}), found "
+                f"{config.pp.pipeline_parallel_degree}. Set it to -1, or start that number of processes."
+            )
+        return Layout("pipeline", stages=world_size)
     if config.tp is not None:
         tensor = config.tp.tensor_parallel_degree
         tensor = world_size if tensor == -1 else tensor
@@ -110,7 +125,7 @@ def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
 
 def data_rank(layout: Layout, rank: int) -> int:
     """The rank among those that read samples of their own; the tensor dimension is the innermost of the mesh."""
-    return rank // layout.tensor
+    return rank // layout.copies
 
 
 _CUT_APART: Mapping[str, str] = {
@@ -148,6 +163,8 @@ def check_together(
             "parallelism.state_dict_type: FSDP1 of torch 2.7 on a CPU puts wrong moments of the optimizer into a full "
             "state dict. Use sharded, which loads under every layout, or compose.distributed=fsdp2."
         )
+    if layout.engine == "pipeline":
+        _check_pipeline(config, layout, precision, needs)
     if layout.tensor > 1 or parallelism.tp is not None:
         _check_tensor_parallel(config, layout, needs)
     if (
@@ -189,6 +206,43 @@ def _check_tensor_parallel(config: RunConfig, layout: Layout, needs: Collection[
         raise UserError(
             f"data.seq_len: expected a multiple of the tensor parallel degree ({layout.tensor}), since sequences are "
             f"cut too, found {config.data.seq_len}. Use another degree."
+        )
+
+
+def _check_pipeline(config: RunConfig, layout: Layout, precision: str, needs: Collection[str]) -> None:
+    mixing, pp = config.algorithms.online_mixing, config.parallelism.pp
+    assert pp is not None
+    missing = [_CUT_APART[signal] for signal in needs if signal in _CUT_APART]
+    if mixing is not None and missing:
+        raise UserError(
+            f"algorithms.online_mixing.strategy: '{mixing.strategy}' {missing[0]}, while no rank of a pipeline has the "
+            "whole model. Use compose.distributed=fsdp2, or a strategy that needs only training losses (odm, ado) or "
+            "none (static, proportional, unimax, schedule)."
+        )
+    for name in ("influence_scores", "distillation"):
+        if getattr(config.algorithms, name) is not None:
+            raise UserError(
+                f"algorithms.{name}: needs the layers and the head of a model in one place, which a pipeline spreads. "
+                "Use compose.distributed=fsdp2, or leave it out."
+            )
+    if precision == "amp_fp16":
+        raise UserError(
+            "precision: amp_fp16 scales losses between the forward and the backward pass, which a pipeline runs as "
+            "one. Use amp_bf16."
+        )
+    size, rows = config.train_loader.global_batch_size, config.train_loader.device_microbatch_size
+    stages = layout.stages * pp.stages
+    if rows == "auto" or size % rows or size // rows < stages:
+        fitting = [n for n in range(1, size + 1) if size % n == 0 and size // n >= stages]
+        what = f"one of {', '.join(map(str, fitting))}" if fitting else f"a global_batch_size of at least {stages}"
+        raise UserError(
+            f"train_loader.device_microbatch_size: a pipeline of {stages} stages needs at least as many micro-batches "
+            f"of equal size in a global batch of {size}: expected {what}, found {rows}."
+        )
+    if pp.schedule == "interleaved" and size // rows % layout.stages:
+        raise UserError(
+            f"train_loader.device_microbatch_size: the interleaved schedule needs a multiple of {layout.stages} "
+            f"micro-batches, found {size // rows} of {rows} rows. Use another size, or parallelism.pp.schedule=1f1b."
         )
 
 

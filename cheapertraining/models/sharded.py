@@ -20,7 +20,7 @@ from cheapertraining.distributed.tensor_parallel import apply_tensor_parallel
 from cheapertraining.errors import UserError
 from cheapertraining.models.causal_lm import CausalLM
 
-__all__ = ["build_spread", "spread_on_meta"]
+__all__ = ["build_shell", "build_spread", "fill_buffers", "spread_on_meta"]
 
 
 def build_spread(
@@ -59,7 +59,7 @@ def build_spread(
             )
         return model
     mend_fsdp2_on_gloo()
-    source, shell = _shell(build)
+    source, shell = build_shell(build)
     model = spread_on_meta(shell, layout, build_mesh(layout, device.type), settings, precision)
     offloaded = settings.fsdp2 is not None and settings.fsdp2.cpu_offload
     _fill(model.model, None if source is None else source.model, torch.device("cpu") if offloaded else device, device)
@@ -110,8 +110,8 @@ def _data_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
     return mesh["data_parallel_shard"]
 
 
-def _shell(build: Callable[[], CausalLM]) -> tuple[CausalLM | None, CausalLM]:
-    """The model with its numbers (rank 0 only), and one of the same kind on the meta device.
+def build_shell(build: Callable[[], CausalLM]) -> tuple[CausalLM | None, CausalLM]:
+    """The model with its numbers (rank 0 only), and one of the same kind on the meta device; a collective call.
 
     Raises:
         UserError: ``build``'s, on every rank, so that none waits for the first.
@@ -137,6 +137,17 @@ def _fill(model: nn.Module, source: nn.Module | None, held_on: torch.device, dev
     model.to_empty(device=held_on)
     full = {} if source is None else source.state_dict()
     set_model_state_dict(model, full, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    fill_buffers(model, source, device)
+
+
+def fill_buffers(model: nn.Module, source: nn.Module | None, device: torch.device) -> None:
+    """Give the buffers of a model the numbers that rank 0's ``source`` has; a collective call.
+
+    Args:
+        model: with the same buffers on all ranks, of the right shapes.
+        source: the model on rank 0, None on the others.
+        device: where the buffers go.
+    """
     found = {} if source is None else dict(source.named_buffers())
     for name, buffer in model.named_buffers():
         sent = buffer if source is None else found[_plain(name)].to(device)

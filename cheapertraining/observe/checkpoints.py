@@ -37,7 +37,14 @@ from cheapertraining.distributed.checkpoints import (
 from cheapertraining.errors import UserError
 from cheapertraining.mixing.algorithm import OnlineMixing
 
-__all__ = ["LATEST", "AtomicCheckpointSaver", "LoadSharded", "check_resumable", "latest_checkpoint"]
+__all__ = [
+    "LATEST",
+    "AtomicCheckpointSaver",
+    "LoadSharded",
+    "check_resumable",
+    "latest_checkpoint",
+    "state_but_tensors",
+]
 
 LATEST = "latest-rank0.pt"
 _NAMES = "ep*-ba*"
@@ -125,12 +132,7 @@ class AtomicCheckpointSaver(CheckpointSaver):
     def _save_shards(self, state: State, final: Path) -> str | None:
         """Write this rank's part of a folder, or start to; the reason where it did not work."""
         assert self._writer is not None
-        everything = state.serialized_attributes
-        try:
-            state.serialized_attributes = [name for name in everything if name not in ("model", "optimizers")]
-            rest = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
-        finally:
-            state.serialized_attributes = everything
+        rest = {"state": state_but_tensors(state), "rng": reproducibility.get_rng_state()}
         try:
             self._writer.save(final, state.model, state.optimizers[0], rest, self._publish)
         except (OSError, RuntimeError, CheckpointException) as error:
@@ -149,7 +151,7 @@ class AtomicCheckpointSaver(CheckpointSaver):
         unfinished = final.with_name(f".unfinished-{final.name}")
         passed_barrier = False
         try:
-            save_checkpoint(state, str(unfinished), weights_only=self.weights_only, ignore_keys=self.ignore_keys)
+            self._write(state, unfinished)
             passed_barrier = True
             if dist.get_global_rank() == 0:
                 flush(unfinished)
@@ -164,6 +166,10 @@ class AtomicCheckpointSaver(CheckpointSaver):
                 dist.barrier()  # the one that ends Composer's save_checkpoint on the other ranks
             return self._explain(final, error)
         return None
+
+    def _write(self, state: State, path: Path) -> None:
+        """Write one file on rank 0; a collective call that ends with a barrier."""
+        save_checkpoint(state, str(path), weights_only=self.weights_only, ignore_keys=self.ignore_keys)
 
     def _publish(self, saved: Path) -> None:
         """Let the link name ``saved``, then remove what is beyond retention."""
@@ -189,6 +195,16 @@ class AtomicCheckpointSaver(CheckpointSaver):
             f"{final}: the checkpoint could not be written ({_root_cause(error)}; {free:.0f} MiB free). {kept} "
             "Make room, then start again with autoresume=true and the same run_name."
         )
+
+
+def state_but_tensors(state: State) -> dict[str, Any]:
+    """What Composer saves, without the model and its optimizer."""
+    everything = state.serialized_attributes
+    try:
+        state.serialized_attributes = [name for name in everything if name not in ("model", "optimizers")]
+        return state.state_dict()
+    finally:
+        state.serialized_attributes = everything
 
 
 class LoadSharded(Callback):

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from composer import Trainer
+from composer.core import Callback
 from composer.utils import ParallelismConfig, dist, reproducibility
 
 from cheapertraining.builders import (
@@ -37,6 +38,7 @@ from cheapertraining.distributed.parallelism import check_together, plan_layout
 from cheapertraining.errors import UserError
 from cheapertraining.observe import progress_bar_fits
 from cheapertraining.observe.checkpoints import LATEST, LoadSharded, check_resumable, latest_checkpoint
+from cheapertraining.observe.stages import LoadStages
 
 __all__ = ["train"]
 
@@ -72,13 +74,18 @@ def train(config: RunConfig) -> Trainer:
     algorithms = build_algorithms(config, loader, folder)
     random_states = None
     if checkpoint is not None:
-        random_states = check_resumable(checkpoint, model, loader.mixture, algorithms)
+        whole = getattr(model, "whole", model)  # a pipeline's ranks have a part each
+        random_states = check_resumable(checkpoint, whole, loader.mixture, algorithms)
     _save_config(config, folder)
 
-    shards = checkpoint if checkpoint is not None and checkpoint.is_dir() else None
+    loaders: list[Callback] = []
+    if checkpoint is not None and config.parallelism.pp is not None:
+        loaders = [LoadStages(checkpoint)]
+    elif checkpoint is not None and checkpoint.is_dir():
+        loaders = [LoadSharded(checkpoint)]
     trainer = Trainer(
         model=model,
-        train_dataloader=split_by_source(build_train_spec(loader, layout.tensor), config),
+        train_dataloader=split_by_source(build_train_spec(loader, layout.copies), config),
         eval_dataloader=build_evaluators(config, loader, layout),
         eval_interval=config.eval_loader.interval,
         eval_subset_num_batches=config.eval_loader.subset_num_batches,
@@ -86,11 +93,11 @@ def train(config: RunConfig) -> Trainer:
         optimizers=build_optimizer(config.optimizer, model),
         schedulers=build_scheduler(config.scheduler, config.max_duration),
         algorithms=algorithms,
-        callbacks=[*([LoadSharded(shards)] if shards else []), *build_callbacks(config, loader, folder, device)],
+        callbacks=[*loaders, *build_callbacks(config, loader, folder, device)],
         loggers=build_loggers(config, folder),
         progress_bar=config.loggers.progress_bar and progress_bar_fits(),
         run_name=config.run_name,
-        load_path=None if checkpoint is None or shards else str(checkpoint),
+        load_path=None if checkpoint is None or loaders else str(checkpoint),
         device=device,
         precision=precision,
         device_train_microbatch_size=build_microbatch_size(config, device, layout.data),
@@ -100,6 +107,7 @@ def train(config: RunConfig) -> Trainer:
         spin_dataloaders=False,  # the mixture goes on where the checkpoint left it
         seed=config.seed,
         deterministic_mode=config.deterministic,
+        dist_timeout=config.parallelism.dist_timeout,
     )
     trainer.logger.log_hyperparameters(asdict(config))
     try:
@@ -135,10 +143,11 @@ def _fit(trainer: Trainer, config: RunConfig, random_states: list[dict[str, Any]
 
 def _start_processes(device: Device, config: RunConfig) -> None:
     """Join the process group, where there are several or the model is cut, and share the cores among them."""
-    cut = config.parallelism.fsdp or config.parallelism.fsdp2 or config.parallelism.tp
+    parts = config.parallelism
+    cut = parts.fsdp or parts.fsdp2 or parts.tp or parts.pp
     if dist.get_world_size() > 1 or cut:
         try:
-            dist.initialize_dist(device)
+            dist.initialize_dist(device, config.parallelism.dist_timeout)
         except RuntimeError as error:
             if "address already in use" not in str(error).lower():
                 raise

@@ -1,0 +1,127 @@
+"""Two real ranks in pipeline stages against one process: losses, evaluation, weights, checkpoints, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cheapertraining.distributed.pipeline import plan_stages
+from cheapertraining.errors import UserError
+from tests.distributed.pipeline_ranks import RESUMED_TO, RUNS, SAVED_AT, STEPS, UNTIED, twin, work
+from tests.distributed.ranks import checkpoint_of
+from tools.bench._layouts import config_of, losses_of, resume_from, run_once, spawn, tiny_yaml
+
+pytestmark = pytest.mark.slow
+TOLERANCE = 1e-5
+FOUR_LAYERS = {
+    "hidden_size": 32, "intermediate_size": 64, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2,
+    "max_position_embeddings": 32, "init_std": 0.1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def path(tiny_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The yaml of the runs, all of which are over."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    path = tiny_yaml(
+        folder / "run.yaml",
+        tiny_sample / "data.yaml",
+        model=FOUR_LAYERS,
+        eval_loader={"batch_size": 4, "interval": "1000ba", "subset_num_batches": 2, "first": True},
+    )
+    steps = (f"max_duration={STEPS}ba", f"save_interval={SAVED_AT}ba")
+    for optimizer in ("adamw", "sgd"):
+        for overrides in ((), UNTIED):
+            name = f"alone-{optimizer}{'-untied' if overrides else ''}"
+            run_once(config_of(path, "single", f"run_name={name}", *steps, *overrides), optimizer)
+    shards = (f"max_duration={SAVED_AT}ba", "run_name=shards", "parallelism.state_dict_type=sharded")
+    run_once(config_of(path, "single", *shards))
+    spawn(work, 2, path, folder)
+    return path
+
+
+def _losses(path: Path, run: str) -> list[float]:
+    return losses_of(path.parent / "runs" / run)
+
+
+def _saved(path: Path, run: str) -> dict[str, Any]:
+    content = torch.load(checkpoint_of(path.parent / "runs", run, STEPS), weights_only=False)
+    state: dict[str, Any] = content["state"]
+    return state
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_pipeline_trains_as_one_process_does(run: str, path: Path) -> None:
+    """With packed rows, ragged masks, clipping, a mixture that changes, tied and untied embeddings."""
+    losses, expected = _losses(path, run), _losses(path, twin(run))
+    assert len(losses) == STEPS
+    assert losses == pytest.approx(expected, rel=TOLERANCE)
+    found, wanted = (_saved(path, name)["model"] for name in (run, twin(run)))
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        assert float((found[name] - weight).norm() / weight.norm()) <= TOLERANCE, name
+
+
+def test_it_evaluates_as_one_process_does(path: Path) -> None:
+    entries = [
+        json.loads((path.parent / "runs" / run / "metrics.jsonl").read_text().splitlines()[0])
+        for run in ("1f1b", "alone-adamw")
+    ]
+    names = [name for name in entries[1] if name.startswith("metrics/")]
+    assert len(names) >= 4
+    for name in names:
+        assert entries[0][name] == pytest.approx(entries[1][name], rel=TOLERANCE)
+
+
+def test_it_logs_and_saves_what_one_process_does(path: Path) -> None:
+    """By the same names; of each parameter's moments one copy, tied or not."""
+    lines = [(path.parent / "runs" / run / "metrics.jsonl").read_text().splitlines() for run in ("1f1b", "alone-adamw")]
+    for ours, theirs in zip(*lines, strict=True):
+        assert json.loads(ours).keys() == json.loads(theirs).keys()
+    for run in ("1f1b", "gpipe"):
+        ours, theirs = (_saved(path, name)["optimizers"]["AdamW"] for name in (run, twin(run)))
+        assert ours["state"].keys() == theirs["state"].keys()
+        for mine, group in zip(ours["param_groups"], theirs["param_groups"], strict=True):
+            assert sorted(mine["params"]) == sorted(group["params"])
+
+
+@pytest.mark.parametrize("kind", ["full", "shards"])
+def test_a_pipeline_goes_on_from_what_one_process_saved(kind: str, path: Path) -> None:
+    assert _losses(path, f"pp-from-{kind}") == pytest.approx(
+        _losses(path, "alone-adamw")[SAVED_AT:RESUMED_TO], rel=TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("run", ["1f1b", "gpipe"])
+def test_one_process_goes_on_from_what_a_pipeline_saved(run: str, path: Path) -> None:
+    name, overrides = f"single-from-{run}", (UNTIED if UNTIED[0] in RUNS[run][1] else ())
+    resume_from(path, name, checkpoint_of(path.parent / "runs", run, SAVED_AT))
+    again = ("autoresume=true", f"run_name={name}", f"max_duration={RESUMED_TO}ba")
+    run_once(config_of(path, "single", *again, *overrides))
+    assert _losses(path, name) == pytest.approx(_losses(path, twin(run))[SAVED_AT:RESUMED_TO], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("rows", "at least as many micro-batches of equal size in a global batch of 16: expected one of 1, 2, 4, 8"),
+        ("auto", "found auto"),
+        ("uneven", "multiple of 2 micro-batches, found 3 of 2 rows"),
+        ("degree", "expected the number of processes (2), found 3"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_start(what: str, words: str, path: Path) -> None:
+    assert words in json.loads((path.parent / "refusals.json").read_text())[what]
+
+
+def test_layers_are_divided_evenly() -> None:
+    plan = plan_stages(7, 2, 2)
+    assert [len(layers) for layers in plan.layers] == [1, 2, 2, 2]
+    assert [layer for layers in plan.layers for layer in layers] == list(range(7))
+    assert [plan.stages_of(rank) for rank in (0, 1)] == [[0, 2], [1, 3]]
+    with pytest.raises(UserError, match="at least 4 decoder layers, found 3"):
+        plan_stages(3, 2, 2)
