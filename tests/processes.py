@@ -30,7 +30,9 @@ PRELOADED = [
     "cheapertraining.distillation",
     "cheapertraining.influence.preconditioners",
     "cheapertraining.influence.scorers.hook",
+    "cheapertraining.data.conversion",
     "composer.trainer",
+    "streaming",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
     "transformers.models.llama.modeling_llama",
@@ -156,13 +158,14 @@ def _become(script: str, arguments: tuple[str, ...], environment: Mapping[str, s
     os.environ.update(environment)
     os.chdir(folder)
     for descriptor, name in ((1, "out"), (2, "err")):
-        file = os.open(f"{output}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        file = os.open(f"{output}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
         os.dup2(file, descriptor)
         os.close(file)
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115  # to the process's end
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     # A tracker of its own for shared memory, as any process has that was not forked: it ends with the process's group.
     resource_tracker._resource_tracker._fd = None  # type: ignore[attr-defined]
+    multiprocessing.set_start_method(None, force=True)  # not the one that this process was started by
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
     try:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from tests.end_to_end.real_runs import (
     segments_of,
     write_yaml,
 )
+from tests.processes import Started
 
 BATCHES = 120
 TRAIN = ROOT / "train.py"
@@ -61,7 +62,7 @@ class Kill:
     whole: bool = True
     found: str = ""
 
-    def wait(self, process: subprocess.Popen[str], run: Path, cache: Path) -> None:
+    def wait(self, process: subprocess.Popen[str] | Started, run: Path, cache: Path) -> None:
         """Return at the moment; fail where the run ends before."""
         began = time.time()
         while not self._come(run, cache, began):
@@ -122,18 +123,16 @@ def write_run(sample: Path, folder: Path) -> Path:
     )
 
 
-def start(processes: int, run_yaml: Path, name: str, *overrides: str) -> subprocess.Popen[str]:
-    """Start, or go on with, the run of this name; its downloads go to ``cache-<name>``."""
-    folder = run_yaml.parent
-    names = (f"run_name={name}", f"data.local={folder}/cache-{name}", "autoresume=true")
-    return launch(processes, TRAIN, str(run_yaml), *names, *overrides, folder=folder)
+def arguments_of(run_yaml: Path, name: str) -> tuple[str, ...]:
+    """For ``train.py`` to start, or to go on with, the run of this name; its downloads go to ``cache-<name>``."""
+    return str(run_yaml), f"run_name={name}", f"data.local={run_yaml.parent}/cache-{name}", "autoresume=true"
 
 
-def disturb(processes: int, run_yaml: Path, kills: Sequence[Kill]) -> None:
-    """Train the run ``disturbed`` to its end through all the kills."""
+def disturb(begin: Callable[[str], subprocess.Popen[str] | Started], run_yaml: Path, kills: Sequence[Kill]) -> None:
+    """Train the run ``disturbed`` to its end through all the kills; ``begin`` starts the run of a name, or goes on."""
     run, cache = run_yaml.parent / "runs" / "disturbed", run_yaml.parent / "cache-disturbed"
     for kill in kills:
-        process = start(processes, run_yaml, "disturbed")
+        process = begin("disturbed")
         kill.wait(process, run, cache)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
         kill.whole = kill.whole or not children  # the ranks are not there yet, or have ended
@@ -146,7 +145,7 @@ def disturb(processes: int, run_yaml: Path, kills: Sequence[Kill]) -> None:
         took = time.monotonic() - began
         assert process.returncode != 0
         kill.found = f"{last_step(run):5d}  {_left(run, cache)}, launcher ended after {took:.1f} s"
-    finish(start(processes, run_yaml, "disturbed"))
+    finish(begin("disturbed"))
 
 
 def _left(run: Path, cache: Path) -> str:
@@ -185,9 +184,13 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         run_yaml = write_run(arguments.sample.resolve(), Path(name))
-        finish(start(arguments.processes, run_yaml, "undisturbed"))
+
+        def begin(run: str) -> subprocess.Popen[str]:
+            return launch(arguments.processes, TRAIN, *arguments_of(run_yaml, run), folder=run_yaml.parent)
+
+        finish(begin("undisturbed"))
         kills = random_kills(arguments.kills, arguments.seed)
-        disturb(arguments.processes, run_yaml, kills)
+        disturb(begin, run_yaml, kills)
         print("kill  moment    not before  whole  last step")
         for number, kill in enumerate(kills):
             print(f"{number:4d}  {kill.moment:8s}  {kill.batch:10d}  {kill.whole!s:5s}  {kill.found}")

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import yaml
 
+from tests.processes import Started, start
+
 __all__ = [
     "ROOT",
     "comparable_metrics",
@@ -33,7 +35,7 @@ __all__ = [
 
 ROOT = Path(__file__).parents[2]
 RECORDER = Path(__file__).with_name("record_runs.py")
-_TIMING = ("time", "mixture/overhead")
+_TIMING = ("time", "time/data_wait", "mixture/overhead")
 """Logged numbers that are measured seconds, so they differ between equal runs."""
 
 
@@ -83,26 +85,23 @@ def launch(processes: int, script: Path, *arguments: str, folder: Path) -> subpr
     )
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 900) -> str:
+def finish(process: subprocess.Popen[str] | Started, timeout: float = 900) -> str:
     """Wait for a good end; returns what it printed."""
     try:
-        output, _ = process.communicate(timeout=timeout)
+        output, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise AssertionError(f"no end after {timeout} s; printed {process.communicate()[0]}") from None
-    assert process.returncode == 0, output
+    assert process.returncode == 0, f"{output}{errors or ''}"
     return output
 
 
 def record(processes: int, runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Train the runs one after the other in one ``composer -n <processes>``; see ``record_runs.py`` for what they are.
-
-    Importing Composer takes ten times as long as such a run, hence the sequence.
-    """
+    """Train the runs one after the other in that many processes; see ``record_runs.py`` for what they are."""
     folder.mkdir(parents=True, exist_ok=True)
     plan = folder / "runs.json"
     plan.write_text(json.dumps(list(runs)), encoding="utf-8")
-    finish(launch(processes, RECORDER, str(plan), folder=folder))
+    finish(start(RECORDER, str(plan), folder=folder, ranks=processes))
 
 
 def recorded(folder: Path, label: str) -> list[dict[str, Any]]:
