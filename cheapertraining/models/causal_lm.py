@@ -237,7 +237,8 @@ class CausalLM(ComposerModel):
         of the PaLM paper (arXiv 2204.02311, appendix B): neither causality nor document isolation lower it.
         """
         rows, length = (int(size) for size in batch["input_ids"].shape)
-        return 3 * rows * length * self._flops.forward_per_token(length)
+        ranks = 1 if self.vocabulary_group is None else self.vocabulary_group.size()  # which share the work on them
+        return 3 * rows * length * self._flops.forward_per_token(length) // ranks
 
 
 class _FlopCount:
