@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -104,8 +105,28 @@ def test_noise_pulls_to_the_prior_and_the_unit_of_the_gradients_does_not_matter(
     np.testing.assert_allclose(
         wish_of(1e-3 * gradients, 1e-3 * target, 1e-6), wish_of(gradients, target, 1.0), atol=1e-9
     )
-    sharper = wish_of(gradients, target, 1.0, sharpness=2.0)
-    np.testing.assert_allclose(sharper, (plain := wish_of(gradients, target, 1.0) ** 2) / plain.sum(), atol=1e-9)
+
+
+def test_only_what_two_halves_of_the_samples_agree_on_is_followed() -> None:
+    target = np.array([1.0, 0.0, 0.0])
+    best, other = np.eye(3), np.eye(3)[[1, 0, 2]]
+
+    def wish(first: Float64, second: Float64) -> Float64:
+        halves = (measured(first, target), measured(second, target))
+        strategy = MatchingStrategy()
+        strategy.reset([SourceInfo(name, 10_000) for name in ("a", "b", "c")], EVEN, 10_000)
+        found = strategy.propose(signals(gradients=dataclasses.replace(measured(best, target), halves=halves)))
+        assert found is not None
+        return found
+
+    np.testing.assert_allclose(wish(best, best), [1, 0, 0], atol=1e-6)
+    # One half is for the first source, one for the second: moves (2, -1, -1) / 3 and (-1, 2, -1) / 3 disagree.
+    np.testing.assert_allclose(wish(best, other), EVEN, atol=1e-6)
+    # Against (1, 1, -2) / 6, from a target between the two: r = 2 * 3 / (6 + 6 / 4) by hand, in units of 1 / 9.
+    between = np.array([[0.5, 0.5, 0.0], [0.5, -0.5, 0.0], [0.0, 0.0, 1.0]])
+    agreement = 2 * 1.5 / (6 + 1.5)
+    trust = 2 * agreement / (1 + agreement)
+    np.testing.assert_allclose(wish(best, between), EVEN + trust * (np.array([1, 0, 0]) - EVEN), atol=1e-4)
 
 
 def test_averages_over_decisions_and_takes_its_state_along() -> None:
@@ -129,7 +150,8 @@ def test_averages_over_decisions_and_takes_its_state_along() -> None:
     for _ in range(60):
         straight.propose(signals(gradients=looks[0]))
     scale = looks[0].squared_norms.mean()
-    np.testing.assert_allclose(straight._errors, (0.5 / 1.5) * looks[0].variances / 4 / scale, rtol=1e-9)
+    errors = straight._averages["all"].errors
+    np.testing.assert_allclose(errors, (0.5 / 1.5) * looks[0].variances / 4 / scale, rtol=1e-9)
 
 
 def test_products_with_the_probes_are_those_of_autograd() -> None:
@@ -152,6 +174,6 @@ def test_products_with_the_probes_are_those_of_autograd() -> None:
 
 
 def test_bad_settings_are_refused() -> None:
-    for settings in ({"ridge": -1.0}, {"sharpness": 0.0}, {"ema": 1.0}):
+    for settings in ({"ridge": -1.0}, {"ema": 1.0}):
         with pytest.raises(UserError, match=f"matching.{next(iter(settings))}: expected"):
             MatchingStrategy(**settings)

@@ -149,8 +149,8 @@ CONTENDERS = {
             ("strategy=matching", _DOUBLING, *_GREEDY, "influence.source_samples=8"),
             trials=(
                 ("matching.ridge=0.3",),
-                ("matching.ridge=0.3", "matching.sharpness=2.0"),
-                ("matching.ridge=1.0", "matching.sharpness=2.0"),
+                ("matching.ridge=0.1",),
+                ("matching.ridge=1.0",),
             ),
             kind="ours",
         ),

@@ -18,8 +18,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from cheapertraining.mixing.replay import changes_of, replay_points
 from tools.bench._mixing_corpus import Corpus, make_corpus
 from tools.bench._mixing_plan import (
@@ -40,6 +38,7 @@ CORE = ("uniform", "oracle", "influence", "matching")
 """Run for all seeds; the others for the first ``PORT_SEEDS``."""
 PORT_SEEDS = 3
 TUNING = ("T", "U")
+_HARMLESS = 0.01
 CHANGING = ("uniform", "unimax", "influence", "matching", "odm", "ado")
 CAPPED = {"uniform": (), "uncapped": (), "capped": ("algorithms.online_mixing.constraints.max_epochs=4.0",)}
 LARGE = {"hidden": 128, "layers": 4}
@@ -56,21 +55,27 @@ class Benchmark:
         self.weights: dict[tuple[str, str], dict[str, float]] = {}
 
     def tune(self) -> None:
-        """Freeze the trial of each contender that is best on the settings that nobody is scored on."""
-        settings = [self.settings[name] for name in TUNING]
+        """Freeze a trial of each contender, on the settings that nobody is scored on.
+
+        First, do no harm: of the trials that are at most ``_HARMLESS`` nats worse than uniform where the mean over all
+        sources is the target, the one that is best on the scarce target; where none is, the least harmful.
+        """
+        target, average = (self.settings[name] for name in TUNING)
+        uniform = self._plain(average, "uniform", SEARCH_SEED, 0)
+        tuned = [name for name in self.names if len(CONTENDERS[name].trials) > 1]
         specs = {
             (name, trial, setting.name): self._plain(setting, name, SEARCH_SEED, trial)
-            for name in self.names
+            for name in tuned
             for trial in range(len(CONTENDERS[name].trials))
-            for setting in settings
-            if len(CONTENDERS[name].trials) > 1
+            for setting in (target, average)
         }
-        self.results.make(specs.values())
-        for name in self.names:
+        self.results.make([uniform, *specs.values()])
+        bound = self._loss(uniform, average) + _HARMLESS
+        for name in tuned:
             trials = range(len(CONTENDERS[name].trials))
-            if len(trials) > 1:
-                losses = [sum(self._loss(specs[name, trial, each.name], each) for each in settings) for trial in trials]
-                self.trials[name] = int(np.argmin(losses))
+            harm = [max(0.0, self._loss(specs[name, trial, average.name], average) - bound) for trial in trials]
+            losses = [self._loss(specs[name, trial, target.name], target) for trial in trials]
+            self.trials[name] = min(trials, key=lambda trial: (harm[trial], losses[trial]))
 
     def search(self, names: Sequence[str]) -> None:
         """Swarm, offline methods, oracle and reference of each setting."""

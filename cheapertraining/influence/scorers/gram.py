@@ -17,6 +17,7 @@ weighted mean of the gradients of the probes' token-mean losses.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,7 @@ __all__ = ["GradientEstimator", "SourceGradients", "moments_of", "target_product
 
 Float64 = NDArray[np.float64]
 _SEEDS = 1 << 31  # Keys are 64 bits wide: the seed above, the update below.
+_SAMPLES_OF_HALVES = 4  # of a source: a half needs two for its variance.
 _MODEL_INPUTS = ("input_ids", "labels", "position_ids")
 
 
@@ -57,6 +59,8 @@ class SourceGradients:
         seconds: wall time that the measurement took on this rank.
         target_products: ``[K]``, of the sampled mean gradients with that of the probes' weighted loss; None where no
             probes were measured.
+        halves: the same of every other sample of each source and probe, and of those between; where there are probes
+            and at least two samples of each source for both.
     """
 
     sources: tuple[str, ...]
@@ -67,6 +71,7 @@ class SourceGradients:
     samples: int
     seconds: float
     target_products: Float64 | None = None
+    halves: tuple[SourceGradients, ...] = ()
 
 
 class SampleSource(Protocol):
@@ -133,23 +138,41 @@ class GradientEstimator:
         rows = {name: torch.cat([batch[name] for batch in batches]) for name in inputs}
         tokens = (rows["labels"][:, 1:] != IGNORED).sum(dim=1).double().cpu().numpy()
         gram = _sample_gram(model, rows, microbatch_size, self.layers)
-        own = len(names) * n
-        by_source = tokens[:own].reshape(len(names), n)
-        products, errors, norms, variances = moments_of(gram[:own, :own], by_source)
-        target = None
-        if probed:
-            weights = [weight for _, weight in probed]
-            target = target_products_of(gram[:own, own:], by_source, np.split(tokens[own:], _ends(probed)), weights)
-        return SourceGradients(names, products, errors, norms, variances, n, time.perf_counter() - started, target)
+        seconds = time.perf_counter() - started
+        sizes = [n] * len(names) + [len(batch["labels"]) for batch, _ in probed]
+        blocks = np.split(np.arange(len(tokens)), np.cumsum(sizes)[:-1])
+        weights = [weight for _, weight in probed]
+        whole = _moments(names, gram, tokens, blocks, weights, seconds)
+        if not probed or n < _SAMPLES_OF_HALVES or min(sizes) < 2:
+            return whole
+        parts = ([block[start::2][: len(block) // 2] for block in blocks] for start in range(2))
+        halves = tuple(_moments(names, gram, tokens, part, weights, seconds) for part in parts)
+        return dataclasses.replace(whole, halves=halves)
 
     @staticmethod
     def _probe_batches(bank: ProbeBank, update_index: int) -> list[tuple[Mapping[str, torch.Tensor], float]]:
         return [(bank.batch(name, bank.window(name, update_index)), weight) for name, weight in bank.weights.items()]
 
 
-def _ends(probed: Sequence[tuple[Mapping[str, torch.Tensor], float]]) -> list[int]:
-    """Where the rows of all probes but the last end."""
-    return np.cumsum([len(batch["labels"]) for batch, _ in probed])[:-1].tolist()  # type: ignore[no-any-return]
+def _moments(
+    names: tuple[str, ...],
+    gram: Float64,
+    tokens: Float64,
+    blocks: Sequence[NDArray[np.int64]],
+    weights: Sequence[float],
+    seconds: float,
+) -> SourceGradients:
+    """Of some of the rows: ``blocks`` has those of each source, then those of each probe, with ``weights``."""
+    count = len(names)
+    rows = np.concatenate(blocks[:count])
+    by_source = tokens[rows].reshape(count, -1)
+    products, errors, norms, variances = moments_of(gram[np.ix_(rows, rows)], by_source)
+    target = None
+    if weights:
+        probes = blocks[count:]
+        across = gram[np.ix_(rows, np.concatenate(probes))]
+        target = target_products_of(across, by_source, [tokens[block] for block in probes], weights)
+    return SourceGradients(names, products, errors, norms, variances, by_source.shape[1], seconds, target)
 
 
 def target_products_of(

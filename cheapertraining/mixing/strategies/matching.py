@@ -17,8 +17,14 @@ the squared error of the mean, pulls ``w_k`` to where nothing is known: the prio
 the mean ``|g_k|**2`` of their measurement and averaged over decisions (``ema``, corrected for its start), and ``e_k``
 shrinks with that average.
 
-*Sharpness* ``s``: the wish is proportional to ``p_k * (w_k / p_k)**s``. The pull to the prior is meant for the noise of
-one decision; with ``s`` above 1 what stands out of it is followed further.
+*Reliability.* The same is solved for two halves of the samples apart. With ``a`` and ``b`` their moves from the prior
+and ``r = 2 <a, b> / (<a, a> + <b, b>)``, products weighted by ``1 / p``, the wish is only as far from the prior as the
+halves agree,
+
+    w <- p + R (w - p),     R = 2 r / (1 + r) for r > 0, else 0
+
+the reliability of a test of twice the length (Spearman 1910, Brown 1910). So sources that are equally good stay at the
+prior, however noisy the gradients are.
 
 Cost: a ``GRAM`` measurement with probes a decision, a forward and backward pass without weight gradients over ``K *
 source_samples + P * probe_samples`` samples.
@@ -27,12 +33,14 @@ source_samples + P * probe_samples`` samples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cheapertraining.errors import UserError
+from cheapertraining.influence.scorers.gram import SourceGradients
 from cheapertraining.mixing.signals import GRAM, PROBE_PRODUCTS, Array, Signals, SourceInfo
 from cheapertraining.mixing.strategies.base import by_name, from_names
 
@@ -41,6 +49,7 @@ __all__ = ["MatchingStrategy", "nearest_mixture"]
 _VERSION = 1
 _KEY = "algorithms.online_mixing.matching"
 _CONVERGED = 1e-10
+_PARTS = ("all", "even", "odd")
 _SMALLEST_EIGENVALUE = 1e-6  # Of the largest: unbiased norms may leave the matrix slightly indefinite.
 
 
@@ -49,7 +58,6 @@ class MatchingStrategy:
 
     Args:
         ridge: how strongly the error of the gradients pulls to the prior; 1 is its size.
-        sharpness: how far what stands out is followed.
         ema: share of the old products that is kept at each decision.
 
     Raises:
@@ -59,24 +67,18 @@ class MatchingStrategy:
     name: ClassVar[str] = "matching"
     needs: ClassVar[frozenset[str]] = frozenset({GRAM, PROBE_PRODUCTS})
 
-    def __init__(self, ridge: float = 1.0, sharpness: float = 1.0, ema: float = 0.5) -> None:
+    def __init__(self, ridge: float = 0.3, ema: float = 0.5) -> None:
         if not ridge >= 0:
             raise UserError(f"{_KEY}.ridge: expected a number of at least 0, found {ridge}.")
-        if not sharpness > 0:
-            raise UserError(f"{_KEY}.sharpness: expected a positive number, found {sharpness}.")
         if not 0 <= ema < 1:
             raise UserError(f"{_KEY}.ema: expected a number from 0 to below 1, found {ema}.")
         self.ridge = ridge
-        self.sharpness = sharpness
         self.ema = ema
 
     def reset(self, sources: Sequence[SourceInfo], prior: Array, horizon_tokens: int) -> None:
         self._names = tuple(source.name for source in sources)
         self._prior = prior
-        count = len(prior)
-        # Moving averages that started at 0: of the products, and the squared errors of that average.
-        self._gram, self._target, self._errors = np.zeros((count, count)), np.zeros(count), np.zeros(count)
-        self._total = 0.0
+        self._averages = {part: _Average.zeros(len(prior)) for part in _PARTS}
 
     def propose(self, signals: Signals) -> Array | None:
         measured = signals.gradients
@@ -85,40 +87,75 @@ class MatchingStrategy:
         scale = float(measured.squared_norms.mean())
         if not scale > 0:
             return None  # Nothing but noise.
-        gram = measured.products.copy()
-        np.fill_diagonal(gram, measured.squared_norms)
-        keep, take = self.ema, 1 - self.ema
-        self._gram = keep * self._gram + take * gram / scale
-        self._target = keep * self._target + take * measured.target_products / scale
-        self._errors = keep**2 * self._errors + take**2 * measured.variances / measured.samples / scale
-        self._total = keep * self._total + take
-        total = self._total
-        nearest = nearest_mixture(
-            self._gram / total, self._target / total, self.ridge * self._errors / total**2, self._prior
-        )
-        wish = np.where(self._prior > 0, self._prior, 0.0)
-        lift = np.divide(nearest, self._prior, out=np.zeros(len(nearest)), where=self._prior > 0)
-        wish = wish * (lift / lift.max()) ** self.sharpness
-        return np.asarray(wish / wish.sum())
+        for part, found in zip(_PARTS, (measured, *measured.halves), strict=False):
+            self._averages[part] = self._averages[part].with_measured(found, scale, self.ema)
+        moves = {
+            part: average.nearest(self.ridge, self._prior) - self._prior
+            for part, average in self._averages.items()
+            if average.total > 0
+        }
+        trust = _reliability(moves[_PARTS[1]], moves[_PARTS[2]], self._prior) if len(moves) == len(_PARTS) else 1.0
+        return np.asarray(self._prior + trust * moves[_PARTS[0]])
 
     def state_dict(self) -> dict[str, Any]:
-        rows = zip(self._names, self._gram, strict=True)
-        return {
-            "version": _VERSION,
-            "gram": {name: by_name(self._names, row) for name, row in rows},
-            "target": by_name(self._names, self._target),
-            "errors": by_name(self._names, self._errors),
-            "total": self._total,
-        }
+        averages = {part: average.state_dict(self._names) for part, average in self._averages.items()}
+        return {"version": _VERSION, "averages": averages}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """With other sources the averages begin anew."""
-        if state["gram"].keys() != set(self._names):
-            return
-        self._gram = np.stack([from_names(self._names, state["gram"][name]) for name in self._names])
-        self._target = from_names(self._names, state["target"])
-        self._errors = from_names(self._names, state["errors"])
-        self._total = float(state["total"])
+        saved = state["averages"]
+        if saved[_PARTS[0]]["gram"].keys() == set(self._names):
+            self._averages = {part: _Average.of(saved[part], self._names) for part in _PARTS}
+
+
+@dataclass(frozen=True)
+class _Average:
+    """Moving averages that started at 0: of the products, and the squared errors of that average."""
+
+    gram: Array
+    target: Array
+    errors: Array
+    total: float
+
+    @classmethod
+    def zeros(cls, count: int) -> _Average:
+        return cls(np.zeros((count, count)), np.zeros(count), np.zeros(count), 0.0)
+
+    def with_measured(self, found: SourceGradients, scale: float, keep: float) -> _Average:
+        assert found.target_products is not None
+        gram, take = found.products.copy(), 1 - keep
+        np.fill_diagonal(gram, found.squared_norms)
+        return _Average(
+            keep * self.gram + take * gram / scale,
+            keep * self.target + take * found.target_products / scale,
+            keep**2 * self.errors + take**2 * found.variances / found.samples / scale,
+            keep * self.total + take,
+        )
+
+    def nearest(self, ridge: float, prior: Array) -> Array:
+        total = self.total
+        return nearest_mixture(self.gram / total, self.target / total, ridge * self.errors / total**2, prior)
+
+    def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
+        return {
+            "gram": {name: by_name(names, row) for name, row in zip(names, self.gram, strict=True)},
+            "target": by_name(names, self.target),
+            "errors": by_name(names, self.errors),
+            "total": self.total,
+        }
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], names: Sequence[str]) -> _Average:
+        gram = np.stack([from_names(names, state["gram"][name]) for name in names])
+        return cls(gram, from_names(names, state["target"]), from_names(names, state["errors"]), float(state["total"]))
+
+
+def _reliability(one: Array, other: Array, prior: Array) -> float:
+    """``R`` of the module's text."""
+    weights = np.divide(1.0, prior, out=np.zeros(len(prior)), where=prior > 0)
+    size = float(weights @ (one**2 + other**2))
+    agreement = 2 * float(weights @ (one * other)) / size if size > 0 else 0.0
+    return 2 * agreement / (1 + agreement) if agreement > 0 else 0.0
 
 
 def nearest_mixture(gram: Array, target: Array, pull: Array, prior: Array) -> Array:
