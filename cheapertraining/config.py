@@ -328,10 +328,8 @@ class RnBConfig:
 class MatchingConfig:
     """The mixture whose gradient is nearest to the probes' own."""
 
-    ridge: NonNegative = 1.0
+    ridge: NonNegative = 0.3
     """How strongly the noise of the gradients pulls to the weights at the start; 1 is its size."""
-    sharpness: Positive = 1.0
-    """Above 1, what stands out of the noise is followed further."""
     ema: Annotated[float, between(0, 0.999999)] = 0.5
     """Share of the old gradients' products kept at each decision."""
 
