@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import netrc
 import os
 import pickle
 from collections.abc import Callable, Mapping
@@ -11,7 +10,6 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlparse
 
 import torch
 from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
@@ -24,6 +22,7 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from cheapertraining.config import (
+    GenerationsConfig,
     InfluenceScoresConfig,
     ModelConfig,
     OnlineMixingConfig,
@@ -78,8 +77,18 @@ from cheapertraining.mixing.offline import read_table, read_two_tables
 from cheapertraining.models import CausalLM, build_causal_lm
 from cheapertraining.models.sharded import build_spread
 from cheapertraining.models.stages import build_pipelined
-from cheapertraining.observe import ConsoleLines, GracefulStop, JsonlLogger, MixtureSummary
+from cheapertraining.observe import (
+    ConsoleLines,
+    Generations,
+    GracefulStop,
+    JsonlLogger,
+    MixtureCourse,
+    MixtureSummary,
+    Pictures,
+    RunHealth,
+)
 from cheapertraining.observe.checkpoints import AtomicCheckpointSaver
+from cheapertraining.observe.credentials import has_wandb_key
 from cheapertraining.observe.exhaustion import StopWhenExhausted
 from cheapertraining.observe.stages import StagesCheckpointSaver
 
@@ -478,6 +487,12 @@ def build_callbacks(config: RunConfig, loader: MixtureLoader, folder: Path, devi
         callbacks.append(MemoryMonitor())
     if config.callbacks.lr_monitor is not None:
         callbacks.append(LRMonitor())
+    callbacks += [RunHealth(), MixtureCourse(loader.mixture)]
+    if (texts := config.callbacks.generations) is not None:
+        callbacks.append(build_generations(config, texts, folder))
+    if config.loggers.wandb is not None:
+        batches = planned_tokens(config) // (config.train_loader.global_batch_size * config.data.seq_len)
+        callbacks.append(Pictures(loader.mixture, interval=max(1, batches // 10)))
     if (console := config.loggers.console) is not None:
         callbacks.append(ConsoleLines(loader.mixture, interval=int(split_duration(console.interval)[0])))
     return [
@@ -493,6 +508,19 @@ def build_callbacks(config: RunConfig, loader: MixtureLoader, folder: Path, devi
         ),
         GracefulStop(),
     ]
+
+
+def build_generations(config: RunConfig, texts: GenerationsConfig, folder: Path) -> Generations:
+    """The callback that lets the model write."""
+    return Generations(
+        build_tokenizer(config),
+        texts.prompts,
+        interval=int(split_duration(texts.interval)[0]),
+        new_tokens=texts.new_tokens,
+        temperature=texts.temperature,
+        seed=config.seed,
+        folder=folder,
+    )
 
 
 def build_loggers(config: RunConfig, folder: Path) -> list[LoggerDestination]:
@@ -511,7 +539,9 @@ def build_wandb_logger(config: WandbConfig, folder: Path) -> WandBLogger:
 
     mode = wandb_mode(config, os.environ)
     # Its summary of all metrics would push the table of the mixture off the screen.
-    settings = wandb.Settings(quiet=True, silent=mode not in ("online", "run", "shared"))
+    online = mode in ("online", "run", "shared")
+    # Without the last, a table that is logged offline waits for a server that is not there.
+    settings = wandb.Settings(quiet=True, silent=not online, allow_offline_artifacts=online)
     if dist.get_global_rank() == 0:
         wandb.setup(settings)  # or its first lines come before the settings are known
     start: dict[str, Any] = {"mode": mode, "dir": str(folder), "settings": settings}
@@ -529,21 +559,9 @@ def wandb_mode(config: WandbConfig, environment: Mapping[str, str]) -> str:
         raise UserError(f"WANDB_MODE in the environment: expected one of {', '.join(_WANDB_MODES)}, found '{told}'.")
     wanted = told or "auto" if config.mode == "auto" else config.mode
     if wanted == "auto":
-        return "online" if _has_wandb_key(environment) else "offline"
-    if wanted == "online" and not _has_wandb_key(environment):
+        return "online" if has_wandb_key(environment) else "offline"
+    if wanted == "online" and not has_wandb_key(environment):
         raise UserError(
             "loggers.wandb.mode: online needs a key. Set WANDB_API_KEY, run `wandb login`, or use mode offline."
         )
     return wanted
-
-
-def _has_wandb_key(environment: Mapping[str, str]) -> bool:
-    """Whether W&B would find a key where it looks for one: the environment, then the netrc file."""
-    if environment.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    file = Path(environment.get("NETRC") or Path(environment.get("HOME", "~")).expanduser() / ".netrc")
-    try:
-        return netrc.netrc(file).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

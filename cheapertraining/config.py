@@ -569,10 +569,22 @@ class LRMonitorConfig:
 
 
 @dataclass
+class GenerationsConfig:
+    """Prompts that the model continues at intervals, for people to read: generations.jsonl, and a table in W&B."""
+
+    prompts: list[str]
+    interval: Annotated[str, duration("ba")] = "100ba"
+    new_tokens: Count = 48
+    """Of each text; a forward pass of all prompts for each."""
+    temperature: Positive = 0.7
+
+
+@dataclass
 class CallbacksConfig:
     speed_monitor: SpeedMonitorConfig | None = None
     memory_monitor: MemoryMonitorConfig | None = None
     lr_monitor: LRMonitorConfig | None = None
+    generations: GenerationsConfig | None = None
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from composer.algorithms import GradientClipping as ComposerGradientClipping
 from composer.core import Event, State
 from composer.loggers import Logger
@@ -20,6 +21,8 @@ class GradientClipping(ComposerGradientClipping):
 
     def __init__(self, threshold: float) -> None:
         super().__init__(clipping_type="norm", clipping_threshold=threshold)
+        self.norm: torch.Tensor | None = None
+        """Of the batch at hand, before clipping; on the device, so that nothing waits for it."""
 
     def __repr__(self) -> str:
         # Composer saves it; without an address it is the same on every rank and in every run.
@@ -28,4 +31,4 @@ class GradientClipping(ComposerGradientClipping):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Clip, after the backward passes of a batch."""
         if event == Event.AFTER_TRAIN_BATCH:
-            clip_gradient_norm(state.model, self.clipping_threshold)
+            self.norm = clip_gradient_norm(state.model, self.clipping_threshold)

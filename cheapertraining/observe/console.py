@@ -25,9 +25,13 @@ from cheapertraining.observe.evaluated import evaluated_loss
 if TYPE_CHECKING:
     from cheapertraining.data.mixing import MixedDataset
 
-__all__ = ["ConsoleLines", "progress_bar_fits", "say"]
+__all__ = ["ConsoleLines", "mixture_bar", "progress_bar_fits", "say"]
 
 DIM, BOLD = "2", "1"
+
+BAR_WIDTH = 24
+# Of the 256 that terminals have: near those of the report.
+_BAR_COLOURS = (25, 214, 36, 166, 175, 74, 143, 245, 61, 94, 29, 162)
 
 SHOWN_SOURCES = 8
 """A line names this many sources, the heaviest first, and counts the others."""
@@ -42,7 +46,7 @@ class ConsoleLines(Callback):
 
     Loss is the mean since the line before, tokens per second exclude evaluation, eta does not. A mixture is shown
     once a source has moved by at least half a percentage point since it was last shown. Only rank 0 prints. Colour is
-    used on terminals, unless ``NO_COLOR`` is set.
+    used on terminals, unless ``NO_COLOR`` is set; there a mixture also has a bar (:func:`mixture_bar`).
 
     Args:
         mixture: The training data's mixture; without it no mixture is shown.
@@ -124,7 +128,11 @@ class ConsoleLines(Callback):
         rates = [group["lr"] for optimizer in state.optimizers for group in optimizer.param_groups]
         parts.append(f"lr {rates[0]:.1e}")
         if self.mixture is not None:
-            parts.append(self._paint(_mixture(self.mixture.weights_at(batch)), DIM))
+            weights = self.mixture.weights_at(batch)
+            stream = self._stream or sys.stdout
+            if progress_bar_fits(stream):
+                parts.append(mixture_bar(weights, coloured=_colours(stream)))
+            parts.append(self._paint(_mixture(weights), DIM))
         return "  ".join(parts)
 
     def _show_change(self, batch: int) -> None:
@@ -143,6 +151,22 @@ class ConsoleLines(Callback):
 
     def _paint(self, text: str, style: str) -> str:
         return f"\033[{style}m{text}\033[0m" if _colours(self._stream or sys.stdout) else text
+
+
+def mixture_bar(weights: Mapping[str, float], *, coloured: bool, width: int = BAR_WIDTH) -> str:
+    """A mixture as ``width`` cells, the sources in their order: a colour for each, or its first letter.
+
+    Cells are shared out by largest remainder, so a source may have none.
+    """
+    whole = sum(weights.values())
+    exact = {name: width * weight / whole for name, weight in weights.items()}
+    cells = {name: int(share) for name, share in exact.items()}
+    for name in sorted(exact, key=lambda name: cells[name] - exact[name])[: width - sum(cells.values())]:
+        cells[name] += 1
+    if not coloured:
+        return "[" + "".join((name[:1] or "?") * count for name, count in cells.items()) + "]"
+    colours = {name: _BAR_COLOURS[place % len(_BAR_COLOURS)] for place, name in enumerate(cells)}
+    return "".join(f"\033[48;5;{colours[name]}m{' ' * count}" for name, count in cells.items() if count) + "\033[0m"
 
 
 def say(text: str, stream: TextIO | None = None) -> None:

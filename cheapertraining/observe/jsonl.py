@@ -22,6 +22,8 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist, format_name_with_dist
 
+from cheapertraining.observe.run_folder import LOG_VERSION
+
 __all__ = ["JsonlLogger"]
 
 log = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ class JsonlLogger(LoggerDestination):
     def __init__(self, folder: str | Path) -> None:
         self._folder_format = str(folder)
         self._folder: Path | None = None
-        self._settings: dict[str, Any] = {}
+        self._settings: dict[str, Any] = {"log_version": LOG_VERSION}
         self._pending: dict[str, Any] = {}
         self._step = 0
         self._written = True

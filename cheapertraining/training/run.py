@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import time
 import warnings
@@ -38,9 +40,13 @@ from cheapertraining.distributed.parallelism import check_together, plan_layout
 from cheapertraining.errors import UserError
 from cheapertraining.observe import progress_bar_fits
 from cheapertraining.observe.checkpoints import LATEST, LoadSharded, check_resumable, latest_checkpoint
+from cheapertraining.observe.environment import environment
+from cheapertraining.observe.report import write_report
 from cheapertraining.observe.stages import LoadStages
 
 __all__ = ["train"]
+
+log = logging.getLogger(__name__)
 
 
 def train(config: RunConfig) -> Trainer:
@@ -114,6 +120,7 @@ def train(config: RunConfig) -> Trainer:
         _fit(trainer, config, random_states)
     finally:
         loader.close()  # of this rank alone, so that it waits for no other, whatever went wrong
+        _write_report(config, folder)
     return trainer
 
 
@@ -200,6 +207,17 @@ def _save_config(config: RunConfig, folder: Path) -> None:
         unfinished = folder / ".config.yaml.unfinished"
         unfinished.write_text(resolved_yaml(config), encoding="utf-8")
         os.replace(unfinished, folder / "config.yaml")
+        (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+
+
+def _write_report(config: RunConfig, folder: Path) -> None:
+    """Draw report.html from the log, however the run ended."""
+    if config.loggers.jsonl is None or dist.get_global_rank() != 0:
+        return
+    try:
+        _say(f"Report: {write_report(folder)}")
+    except Exception as error:  # what went wrong before must be seen, and no run fails for want of a picture
+        log.warning("%s: report.html was not written: %s", folder, error)
 
 
 def _from_rank_zero(value: Any) -> Any:

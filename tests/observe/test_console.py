@@ -12,7 +12,7 @@ import pytest
 from tiny_trainer import ChangeWeights, tiny_loader, tiny_trainer
 
 from cheapertraining.observe import ConsoleLines, progress_bar_fits
-from cheapertraining.observe.console import _clock, _mixture, _short
+from cheapertraining.observe.console import _clock, _mixture, _short, mixture_bar
 
 CHANGED = {"code": 0.6, "docs": 0.2, "topics": 0.2}
 
@@ -57,6 +57,15 @@ def test_colour_on_terminals_unless_unwanted(
     os.close(reader)
     assert "batch 1/1" in text
     assert ("\033[" in text) == coloured
+
+
+def test_a_bar_shares_out_its_cells() -> None:
+    weights = {"wiki": 0.5, "code": 0.3, "docs": 0.19, "noise": 0.01}
+    assert mixture_bar(weights, coloured=False, width=10) == "[wwwwwcccdd]"
+    bar = mixture_bar(weights, coloured=True, width=10)
+    assert re.sub(r"\033\[[\d;]*m", "", bar) == " " * 10
+    assert bar.endswith("\033[0m")
+    assert mixture_bar({"a": 1, "b": 1, "c": 1}, coloured=False, width=4) == "[aabc]"
 
 
 def test_a_progress_bar_needs_a_terminal(tmp_path: Path) -> None:

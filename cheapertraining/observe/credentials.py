@@ -1,0 +1,40 @@
+"""Whether keys are there, without reading them out."""
+
+from __future__ import annotations
+
+import netrc
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlparse
+
+__all__ = ["credentials", "has_wandb_key"]
+
+
+def has_wandb_key(environment: Mapping[str, str]) -> bool:
+    """Whether W&B would find a key where it looks for one: the environment, then the netrc file."""
+    if environment.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    file = Path(environment.get("NETRC") or _home(environment) / ".netrc")
+    try:
+        return netrc.netrc(file).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def credentials(environment: Mapping[str, str]) -> dict[str, bool]:
+    """By service, whether something is set up to log in with; whether it is valid, only the service knows."""
+    home = _home(environment)
+    aws = bool(environment.get("AWS_ACCESS_KEY_ID") or environment.get("AWS_PROFILE"))
+    hub = Path(environment.get("HF_HOME") or home / ".cache" / "huggingface") / "token"
+    google = environment.get("GOOGLE_APPLICATION_CREDENTIALS")
+    return {
+        "Weights & Biases": has_wandb_key(environment),
+        "S3": aws or (home / ".aws" / "credentials").is_file(),
+        "Google Cloud Storage": bool(google) or bool(environment.get("GCS_KEY")),
+        "Hugging Face": bool(environment.get("HF_TOKEN")) or hub.is_file(),
+    }
+
+
+def _home(environment: Mapping[str, str]) -> Path:
+    return Path(environment.get("HOME", "~")).expanduser()
