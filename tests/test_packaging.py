@@ -62,7 +62,7 @@ def _copy_of_the_project(folder: Path) -> Path:
     folder.mkdir(parents=True)
     for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
         shutil.copy(ROOT / name, folder)
-    for name in ("cheapertraining", "yamls"):
+    for name in ("cheapertraining", "yamls", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
@@ -76,12 +76,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_wheel_holds_the_package_and_every_yaml_and_nothing_else(wheel: Path) -> None:
+def test_wheel_holds_the_package_every_yaml_and_the_tools_and_nothing_else(wheel: Path) -> None:
     def files(folder: str, pattern: str) -> set[str]:
         return {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob(pattern)}
 
     expected = files("cheapertraining", "*.py") | files("cheapertraining", "py.typed")
     expected |= {f"cheapertraining/{name}" for name in files("yamls", "*.yaml")}
+    of_the_checkout = ("tools/bench/", "tools/sample/", "tools/prepare_sample.py")
+    tools = {name for name in files("tools", "*.py") if not name.startswith(of_the_checkout)}
+    expected |= {f"cheapertraining/scripts/{name}" for name in tools}
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
         licenses = [name for name in archive.namelist() if name.endswith("licenses/LICENSE")]
@@ -97,6 +100,9 @@ def test_data_config_loads_from_the_unpacked_wheel(wheel: Path, tmp_path: Path) 
     where, sources = printed.splitlines()
     assert Path(where) == tmp_path / "site" / "cheapertraining" / "__init__.py"
     assert "math" in sources.split()
+    command = (sys.executable, "-m", "cheapertraining.commands.cli", "report", "--help")
+    helped = _run(*command, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert helped.startswith("usage: cheapertraining report")
 
 
 @pytest.fixture
@@ -142,8 +148,8 @@ def test_lock_pins_every_dependency_with_hashes_and_names_no_address() -> None:
     assert all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}( \\)?", line) for line in others)
     for line, following in pairwise(lines):
         assert line not in pins or "--hash=" in following
-    # Other libraries that a benchmark compares with are no part of the set-up.
-    needed = [each for each in requires("cheapertraining") or [] if not re.search(r"extra == .bench.", each)]
+    # Other libraries that a benchmark compares with, and a browser's driver, are no part of the set-up.
+    needed = [each for each in requires("cheapertraining") or [] if not re.search(r"extra == .(bench|browser).", each)]
     names = {re.split(r"[<>=!~ ;\[]", requirement)[0] for requirement in needed}
     assert {"mosaicml", "pytest"} <= names
     assert names <= {pin.split("==")[0] for pin in pins}
