@@ -37,6 +37,7 @@ class Results:
     """Finished runs on disk, by the hash of all that decides them."""
 
     def __init__(self, root: Path, processes: int, report: Callable[[str], None] = print) -> None:
+        """``processes`` side by side; 0 makes none, and what is missing stays missing."""
         self.root = root
         self.processes = processes
         self.report = report
@@ -50,7 +51,7 @@ class Results:
     def make(self, specs: Iterable[RunSpec]) -> None:
         """Run what is missing, in this order, side by side; each result is kept as soon as it is there."""
         missing = list({spec.key: spec for spec in specs if not self._path(spec).is_file()}.values())
-        if not missing:
+        if not missing or not self.processes:
             return
         # Fresh interpreters: a fork would inherit threads, and CPU time is counted by process.
         context = multiprocessing.get_context("spawn")

@@ -94,7 +94,7 @@ def _upfront_units(name: str) -> float:
 def figures_of(name: str, table: Table, setting: Setting) -> dict[str, Any]:
     """All figures of a contender."""
     runs = table[name]
-    base = table["uniform"][: len(runs)]
+    base = _same_seeds(table["uniform"], runs)
     last = [float(target_loss(run, setting)[-1]) for run in runs]
     differences = [loss - float(target_loss(other, setting)[-1]) for loss, other in zip(last, base, strict=True)]
     pairs = [speedups(other, run, setting, name) for run, other in zip(runs, base, strict=True)]
@@ -115,16 +115,22 @@ def figures_of(name: str, table: Table, setting: Setting) -> dict[str, Any]:
     for figure in ("S_steps", "S_cost", "S_cpu"):
         figures[figure] = tuple(math.exp(x) for x in interval([math.log(pair[figure]) for pair in pairs]))
     if "oracle" in table:
-        figures["gap"] = _gap(runs, base, table["oracle"][: len(runs)], setting)
+        figures["gap"] = _gap(runs, base, _same_seeds(table["oracle"], runs), setting)
     if any(source in UNREADABLE for source in setting.sources):
         figures["corrupted"] = float(np.mean([_corrupted_share(run) for run in runs]))
     return figures
 
 
+def _same_seeds(others: Sequence[Result], runs: Sequence[Result]) -> list[Result]:
+    """Of ``others``, those with the seeds of ``runs``, in that order."""
+    by_seed = {other["spec"]["seed"]: other for other in others}
+    return [by_seed[run["spec"]["seed"]] for run in runs]
+
+
 def _gap(runs: Sequence[Result], base: Sequence[Result], oracle: Sequence[Result], setting: Setting) -> Any:
     """Of the means over seeds, and its interval: a ratio, so seeds are drawn for both parts together."""
-    count = min(len(runs), len(oracle))
-    ends = np.array([[target_loss(run, setting)[-1] for run in part[:count]] for part in (base, runs, oracle)])
+    count = len(runs)
+    ends = np.array([[target_loss(run, setting)[-1] for run in part] for part in (base, runs, oracle)])
     drawn = np.random.default_rng(0).integers(count, size=(_DRAWS, count))
     uniform, own, best = (row[drawn].mean(axis=1) for row in ends)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -2,7 +2,8 @@
 
     python tools/bench/mixing.py                       all settings on the embedded sample, five seeds
     python tools/bench/mixing.py --corpora DIR         with further text: DIR/<source>/{train,probe,heldout}.jsonl.gz
-    python tools/bench/mixing.py --settings A1 C --seeds 3 --only uniform influence matching oracle
+    python tools/bench/mixing.py --settings A1 C --seeds 3 --only influence matching oracle
+    python tools/bench/mixing.py --report              no further runs: print and draw what is there
 
 The settings are described in tools/bench/_mixing_settings.py, a run and its two units of cost in _mixing_run.py, the
 figures in _mixing_report.py. Small Llamas (163,000 parameters; with `--transfer` also 0.9 million) train on rows of 64
@@ -141,8 +142,9 @@ class Benchmark:
         for name in ("matching",):
             specs = {
                 ("A1", each, seed): self._large(setting, each, name, seed)
-                for each in _TRANSFERRED
                 for seed in range(seeds)
+                if self.results.get(self._spec(setting, name, seed)) is not None
+                for each in _TRANSFERRED
             }
             self.results.make(specs.values())
             tables[name] = self._table(specs, "A1")
@@ -197,15 +199,19 @@ def main() -> None:
     parser.add_argument("--corpora", type=Path, help="folder of further sources")
     parser.add_argument("--out", type=Path, default=Path("data/bench_mixing"), help="keeps shards, runs and the report")
     parser.add_argument("--settings", nargs="+", default=[*SCORED, "D", "E"], choices=[*SCORED, "D", "E"])
-    parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), help="contenders")
+    parser.add_argument(
+        "--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), help="beside uniform and oracle"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--report", action="store_true", help="run nothing, report on what is there")
     parser.add_argument("--no-tuning", action="store_true", help="the first trial of each contender")
     parser.add_argument("--transfer", action="store_true", help="also replay A1's schedules on a larger model")
     given = parser.parse_args()
     root = given.out.resolve()
     corpus = make_corpus(root, given.corpora)
-    bench = Benchmark(corpus, Results(root, given.processes), ["uniform", *given.only])
+    results = Results(root, 0 if given.report else given.processes)
+    bench = Benchmark(corpus, results, ["uniform", "oracle", *given.only])
     if not given.no_tuning:
         for name in TUNING:
             bench.results.make([bench._reference(bench.settings[name])])
@@ -218,11 +224,7 @@ def main() -> None:
     if "D" in given.settings:
         tables["D"] = bench.exhaust(min(given.seeds, PORT_SEEDS))
     if "E" in given.settings:
-        online = [
-            name for name in bench.names if CONTENDERS[name].kind != "offline" and name not in ("oracle", "doremi")
-        ]
-        bench.names = online
-        tables |= bench.compare(["E"], min(given.seeds, PORT_SEEDS))
+        tables |= bench.change(min(given.seeds, PORT_SEEDS))
     transfers = bench.transfer(min(given.seeds, PORT_SEEDS)) if given.transfer else {}
     tables = bench.compare(scored, given.seeds) | tables
     print_tables(tables, bench.settings, transfers)
