@@ -1,6 +1,6 @@
 """Train runs one after the other and write down every batch that the model was given.
 
-``composer -n N record_runs.py RUNS.json``, a list of ``{"label": …, "yaml": …, "overrides": [...], "stop": batch}``.
+``record_runs.py RUNS.json`` on each rank, a list of ``{"label": …, "yaml": …, "overrides": [...], "stop": batch}``.
 Beside RUNS.json, ``<label>.rank<r>.jsonl`` gets a line for each batch of that rank: its number, each row's source,
 sample id and CRC of the tokens, and the weights that the batch was drawn with. With ``stop``, the last rank gets a
 SIGTERM in that batch (counted from 0), so the run saves a checkpoint and ends.
