@@ -421,7 +421,7 @@ class OnlineMixingConfig:
         "mixing_law",
         "regmix",
     ] = "influence"
-    interval: Annotated[str, duration("ba")] = "25ba"
+    interval: Annotated[str, duration("ba")] = "40ba"
     """Batches between two decisions."""
     warmup: Batches = "25ba"
     """Batches before the first decision."""
