@@ -202,7 +202,7 @@ def test_several_mistakes_across_keys(run_yaml: Path) -> None:
 def test_influence_needs_a_probe(run_yaml: Path) -> None:
     run_yaml.write_text(RUN.replace("{t: {source: a}}", "{}"))
     load_run_config(run_yaml, ["algorithms.online_mixing.strategy=static"])
-    for name in ("influence", "grape", "aioli", "skillit"):
+    for name in ("influence", "matching", "grape", "aioli", "skillit"):
         assert f"'{name}' steers towards probes" in message(run_yaml, f"algorithms.online_mixing.strategy={name}")
     assert "'doremi' compares with a reference model" in message(run_yaml, "algorithms.online_mixing.strategy=doremi")
 
@@ -213,7 +213,7 @@ def test_missing_keys_are_named(tmp_path: Path) -> None:
         "max_duration: missing; expected a duration (300ba, 10_000tok, 5000sp).",
         "data.seq_len: missing; expected a whole number of at least 1.",
         "data.sources: missing; expected a mapping of names to a mapping with keys among weight, local, remote, "
-        "max_epochs.",
+        "max_epochs, from_batch.",
     ]  # fmt: skip
 
 
