@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import tiny_trainer
 
+from tests.processes import start
+
 SCRIPT = Path(__file__).with_name("tiny_trainer.py")
 REPOSITORY = Path(__file__).parents[2]
 Forked = multiprocessing.process.BaseProcess
@@ -135,16 +137,30 @@ def test_a_signal_in_the_last_batch_changes_nothing(tiny_sample: Path, tmp_path:
     assert (tmp_path / "tiny" / "summary.json").exists()
 
 
+STOPPED = r"(.*): stopped after batch (\d+), saved a checkpoint"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["one rank", "launcher"])
-def test_two_ranks_stop_together(tiny_sample: Path, tmp_path: Path, target: str) -> None:
+def test_two_ranks_stop_together(tiny_sample: Path, tmp_path: Path) -> None:
+    ranks = start(SCRIPT, str(tiny_sample), str(tmp_path), "10000", folder=tmp_path, ranks=2)
+    try:
+        _await(ranks.outputs / "1.out", r"in batch 4, process (\d+)", 180)
+        os.kill(ranks.processes[1].pid or 0, signal.SIGTERM)
+        assert ranks.wait(60) == 143
+    finally:
+        ranks.kill()
+    message = _await(ranks.outputs / "0.err", STOPPED, 1)
+    assert message[1] == "signal on another rank"
+    assert _steps(tmp_path) == list(range(int(message[2]) + 1))
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_with_their_launcher(tiny_sample: Path, tmp_path: Path) -> None:
     with _launched(tmp_path, tiny_sample, tmp_path, 10_000) as process:
-        rank_1 = int(_await(tmp_path / "rank1.out", r"in batch 4, process (\d+)", 180)[1])
-        os.kill(rank_1 if target == "one rank" else process.pid, signal.SIGTERM)
+        _await(tmp_path / "rank1.out", "in batch 4,", 180)
+        process.terminate()
         process.wait(60)
-        if target == "one rank":
-            assert process.returncode == 143
-        # Rank 0 shares the launcher's output, and outlives it where that was what was stopped.
-        message = _await(tmp_path / "output", r"(.*): stopped after batch (\d+), saved a checkpoint")
-        assert message[1] == ("signal on another rank" if target == "one rank" else "SIGTERM")
+        # Rank 0 shares the launcher's output, and outlives it.
+        message = _await(tmp_path / "output", STOPPED)
+        assert message[1] == "SIGTERM"
     assert _steps(tmp_path) == list(range(int(message[2]) + 1))
