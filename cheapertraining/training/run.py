@@ -18,6 +18,7 @@ from composer.utils import ParallelismConfig, dist, reproducibility
 
 from cheapertraining.builders import (
     Device,
+    Precision,
     build_algorithms,
     build_callbacks,
     build_evaluators,
@@ -36,6 +37,7 @@ from cheapertraining.builders import (
 )
 from cheapertraining.config import RunConfig, resolved_yaml
 from cheapertraining.distributed.agreement import check_alike, versions
+from cheapertraining.distributed.lost import bound_waiting, lost_ranks_explained
 from cheapertraining.distributed.parallelism import check_together, plan_layout
 from cheapertraining.errors import UserError
 from cheapertraining.observe import progress_bar_fits
@@ -65,6 +67,12 @@ def train(config: RunConfig) -> Trainer:
     device = resolve_device(config)
     precision = resolve_precision(config, device)
     _start_processes(device, config)
+    with lost_ranks_explained(config.parallelism.dist_timeout):
+        return _run(config, device, precision)
+
+
+def _run(config: RunConfig, device: Device, precision: Precision) -> Trainer:
+    """The run of a rank that has joined the others."""
     check_alike({"config": resolved_yaml(config)} | versions())
     layout = plan_layout(config.parallelism, dist.get_world_size())
     mixing = config.algorithms.online_mixing
@@ -115,6 +123,7 @@ def train(config: RunConfig) -> Trainer:
         deterministic_mode=config.deterministic,
         dist_timeout=config.parallelism.dist_timeout,
     )
+    bound_waiting(config.parallelism.dist_timeout)
     trainer.logger.log_hyperparameters(asdict(config))
     try:
         _fit(trainer, config, random_states)

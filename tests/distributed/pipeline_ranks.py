@@ -17,10 +17,7 @@ UNTIED = ("model.tie_embeddings=false",)
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "gpipe": ("adamw", ("parallelism.pp.schedule=gpipe", *UNTIED)),
     "1f1b": ("adamw", ()),
-    "interleaved": ("adamw", ("parallelism.pp.schedule=interleaved", "parallelism.activation_checkpointing=true")),
-    "gpipe-sgd": ("sgd", ("parallelism.pp.schedule=gpipe",)),
-    "1f1b-sgd": ("sgd", UNTIED),
-    "interleaved-sgd": ("sgd", ("parallelism.pp.schedule=interleaved",)),
+    "interleaved": ("sgd", ("parallelism.pp.schedule=interleaved", "parallelism.activation_checkpointing=true")),
 }
 """Optimizer and overrides, by name; embeddings are tied but where it says otherwise."""
 

@@ -34,10 +34,9 @@ def path(tiny_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         eval_loader={"batch_size": 4, "interval": "1000ba", "subset_num_batches": 2, "first": True},
     )
     steps = (f"max_duration={STEPS}ba", f"save_interval={SAVED_AT}ba")
-    for optimizer in ("adamw", "sgd"):
-        for overrides in ((), UNTIED):
-            name = f"alone-{optimizer}{'-untied' if overrides else ''}"
-            run_once(config_of(path, "single", f"run_name={name}", *steps, *overrides), optimizer)
+    for run, (optimizer, overrides) in RUNS.items():
+        shape = [each for each in overrides if each.startswith("model.")]
+        run_once(config_of(path, "single", f"run_name={twin(run)}", *steps, *shape), optimizer)
     shards = (f"max_duration={SAVED_AT}ba", "run_name=shards", "parallelism.state_dict_type=sharded")
     run_once(config_of(path, "single", *shards))
     spawn(work, 2, path, folder)
