@@ -131,13 +131,13 @@ def _gap(runs: Sequence[Result], base: Sequence[Result], oracle: Sequence[Result
     """Of the means over seeds, and its interval: a ratio, so seeds are drawn for both parts together."""
     count = len(runs)
     ends = np.array([[target_loss(run, setting)[-1] for run in part] for part in (base, runs, oracle)])
+    means = ends.mean(axis=1)
+    if abs(means[0] - means[2]) < 1e-9:  # Uniform is the oracle.
+        return math.nan, math.nan, math.nan
     drawn = np.random.default_rng(0).integers(count, size=(_DRAWS, count))
     uniform, own, best = (row[drawn].mean(axis=1) for row in ends)
     with np.errstate(divide="ignore", invalid="ignore"):
         low, high = np.nanpercentile((uniform - own) / (uniform - best), [2.5, 97.5])
-    means = ends.mean(axis=1)
-    if abs(means[0] - means[2]) < 1e-9:
-        return math.nan, math.nan, math.nan
     return float((means[0] - means[1]) / (means[0] - means[2])), float(low), float(high)
 
 
@@ -210,7 +210,7 @@ def table_of(table: Table, setting: Setting) -> list[list[str]]:
                 _shown(figures["S_steps"], ".2f") + never,
                 _shown(figures["S_cost"], ".2f"),
                 f"{figures['S_cpu'][0]:.2f}",
-                _shown(figures["gap"], ".0%") if "gap" in figures else "",
+                _shown(figures["gap"], ".0%") if "gap" in figures and not math.isnan(figures["gap"][0]) else "",
                 _shown(figures["worst_to_uniform"], "+.3f")
                 if len(setting.judged) > 1 and len(setting.targets) > 1
                 else "",

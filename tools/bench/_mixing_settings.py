@@ -169,3 +169,18 @@ CONTENDERS = {
         Contender("oracle", ("strategy=static",), kind="baseline"),
     )
 }
+
+
+IDEAS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
+    "A3": {
+        "matching, 16 samples": ("matching", ("influence.source_samples=16",)),
+        "matching, near the start": ("matching", ("constraints.kl_prior=0.7",)),
+        "influence, guarded": ("influence", ("influence.guard=true",)),
+    },
+    "C": {
+        "matching, 16 samples": ("matching", ("influence.source_samples=16",)),
+        "matching, every 20 steps": ("matching", ("updates=null", "interval=20ba", "warmup=20ba")),
+        "influence, cosine": ("influence", ("influence.metric=cosine", "influence.scorer=hook")),
+    },
+}
+"""What else was tried where a goal was missed, by setting: the contender and further keys; neither tuned nor tabled."""

@@ -32,7 +32,7 @@ from tools.bench._mixing_plan import (
 )
 from tools.bench._mixing_report import Table, print_tables, target_loss, write_report
 from tools.bench._mixing_run import RunSpec
-from tools.bench._mixing_settings import CONTENDERS, Setting, make_settings
+from tools.bench._mixing_settings import CONTENDERS, IDEAS, Setting, make_settings
 
 SCORED = ("A1", "A3", "C", "B", "A2")
 CORE = ("uniform", "oracle", "influence", "matching")
@@ -136,6 +136,23 @@ class Benchmark:
         self.results.make(specs.values())
         return {"E": self._table(specs, "E")}
 
+    def ideas(self, name: str, seeds: int) -> Table:
+        """Variants on a setting, beside uniform, the oracle and what they vary."""
+        setting, tried = self.settings[name], IDEAS[name]
+        keys = {idea: [f"algorithms.online_mixing.{key}" for key in keys] for idea, (_, keys) in tried.items()}
+        base = dict.fromkeys(contender for contender, _ in tried.values())
+        specs = {
+            (name, each, seed): self._spec(setting, each, seed)
+            for each in ("uniform", "oracle", *base)
+            for seed in range(seeds)
+        }
+        for idea, (contender, _) in tried.items():
+            for seed in range(seeds):
+                trial = self.trials[contender]
+                specs[name, idea, seed] = spec_of(self.corpus, setting, contender, seed, trial=trial, extra=keys[idea])
+        self.results.make(specs.values())
+        return self._table(specs, name)
+
     def transfer(self, seeds: int) -> dict[str, Table]:
         """The schedules of A1's small runs, replayed on a model more than five times larger."""
         setting, tables = self.settings["A1"], {}
@@ -206,6 +223,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--report", action="store_true", help="run nothing, report on what is there")
     parser.add_argument("--no-tuning", action="store_true", help="the first trial of each contender")
+    parser.add_argument("--ideas", action="store_true", help="what was tried on A3 and C, and nothing else")
     parser.add_argument("--transfer", action="store_true", help="also replay A1's schedules on a larger model")
     given = parser.parse_args()
     root = given.out.resolve()
@@ -219,6 +237,9 @@ def main() -> None:
         print("frozen:", {name: CONTENDERS[name].trials[trial] for name, trial in bench.trials.items() if trial})
     scored = [name for name in SCORED if name in given.settings]
     bench.search(scored)
+    if given.ideas:
+        print_tables({name: bench.ideas(name, min(given.seeds, PORT_SEEDS)) for name in IDEAS}, bench.settings, {})
+        return
     bench.compare(scored, given.seeds, core_only=True)  # What the other parts build on comes first.
     tables: dict[str, Table] = {}
     if "D" in given.settings:
