@@ -252,6 +252,11 @@ def check_resumable(
         UserError: the file cannot be read, or is of another model or other sources; the message says which.
     """
     saved, state, random_states = _saved(checkpoint)
+    if "dataset_state" not in state:
+        raise UserError(
+            f"{checkpoint}: holds weights alone, from which no run can go on. Begin one with them: convert it to a "
+            "Hugging Face folder (tools/convert_checkpoint.py) and set model.name_or_path."
+        )
     saved_mixture = state["dataset_state"]["train"]
     saved_algorithms = {name for name, _ in state["algorithms"]}
     settings = checkpoint.parent.parent / "config.yaml"
