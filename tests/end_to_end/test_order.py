@@ -26,7 +26,7 @@ from tests.end_to_end.real_runs import (
 
 pytestmark = pytest.mark.slow
 
-BATCHES = 200
+BATCHES = 160
 LAG = 8
 INTERVAL = 10
 SCHEDULE = {
@@ -63,10 +63,12 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tiny_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """All runs of this file: three starts of the launcher, as importing Composer takes longer than most of the runs."""
+    """All runs of this file, in processes that are started three times."""
     folder = tmp_path_factory.mktemp("order")
     data = tiny_sample / "data.yaml"
-    order = str(write_yaml(folder / "order.yaml", data, algorithms={"online_mixing": SCHEDULE}))
+    order = str(
+        write_yaml(folder / "order.yaml", data, max_duration=f"{BATCHES}ba", algorithms={"online_mixing": SCHEDULE})
+    )
     measuring = {"batch_size": 16, "interval": "25ba", "subset_num_batches": 1}
     influence = write_yaml(
         folder / "influence.yaml",

@@ -21,8 +21,9 @@ import torch
 from cheapertraining.config import load_run_config
 from cheapertraining.errors import UserError
 from cheapertraining.training import train
+from tests import processes
 
-ROOT = Path(__file__).parents[2]
+TRAIN = Path(__file__).parents[2] / "train.py"
 MIXING = "algorithms.online_mixing={interval: 3ba, warmup: 2ba, influence: {learning_rate: 100, threshold: 0}}"
 KEEP_ALL = ("save_interval=2ba", "save_num_checkpoints_to_keep=-1")
 
@@ -228,32 +229,28 @@ def test_existing_run_is_not_touched_unless_told(tiny_run: Path) -> None:
     assert (folder_of(tiny_run) / "checkpoints" / "latest-rank0.pt").read_bytes() != before["latest-rank0.pt"]
 
 
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("data.sources.docs=null", "docs"),
-        ("model.hidden_size=32", r"a checkpoint of another model. Parameter '.*' is \[512, 16\] in it and \[512, 32\]"),
-        ("model.num_layers=2", r"Parameter '.*layers.1.*' is absent in it and \[16, 16\] in this run. Resume with"),
-        ("algorithms.online_mixing={strategy: static}", "online_mixing was off when it was saved and is on now"),
-        ("seed=4", "seed was 3 when the checkpoint was saved and is 4 now"),
-        ("train_loader.global_batch_size=6", "global_batch_size was 12 when the checkpoint was saved and is 6 now"),
-    ],
-)
-def test_checkpoint_of_another_run_is_refused(tiny_run: Path, override: str, expected: str) -> None:
+OF_ANOTHER_RUN = {
+    "model.hidden_size=32": r"a checkpoint of another model. Parameter '.*' is \[512, 16\] in it and \[512, 32\]",
+    "model.num_layers=2": r"Parameter '.*layers.1.*' is absent in it and \[16, 16\] in this run. Resume with",
+    "algorithms.online_mixing={strategy: static}": "online_mixing was off when it was saved and is on now",
+    "seed=4": "seed was 3 when the checkpoint was saved and is 4 now",
+    "train_loader.global_batch_size=6": "global_batch_size was 12 when the checkpoint was saved and is 6 now",
+}
+
+
+def test_checkpoint_of_another_run_is_refused(tiny_run: Path) -> None:
     run(tiny_run, "max_duration=2ba")
-    overrides = ["autoresume=true", "max_duration=4ba", override]
-    if override == "data.sources.docs=null":  # other sources
-        data = load_run_config(tiny_run).data
-        part = tiny_run.parent / "two.yaml"
-        part.write_text(f"data: {{local: {data.local}, seq_len: 32, sources: {{code: {{}}, topics: {{}}}}}}\n")
-        overrides[-1] = f"compose.data={part}"
-        expected = "has the sources code, docs, topics; the run has code, topics"
+    data = load_run_config(tiny_run).data
+    part = tiny_run.parent / "two.yaml"
+    part.write_text(f"data: {{local: {data.local}, seq_len: 32, sources: {{code: {{}}, topics: {{}}}}}}\n")
+    other_sources = {f"compose.data={part}": "has the sources code, docs, topics; the run has code, topics"}
     saved_config = (folder_of(tiny_run) / "config.yaml").read_text()
-    with pytest.raises(UserError, match=expected) as caught:
-        run(tiny_run, *overrides)
-    assert str(caught.value).startswith(str(folder_of(tiny_run) / "checkpoints" / "ep0-ba2-rank0.pt"))
-    assert "\n" not in str(caught.value)
-    assert (folder_of(tiny_run) / "config.yaml").read_text() == saved_config
+    for override, expected in (OF_ANOTHER_RUN | other_sources).items():
+        with pytest.raises(UserError, match=expected) as caught:
+            run(tiny_run, "autoresume=true", "max_duration=4ba", override)
+        assert str(caught.value).startswith(str(folder_of(tiny_run) / "checkpoints" / "ep0-ba2-rank0.pt"))
+        assert "\n" not in str(caught.value)
+        assert (folder_of(tiny_run) / "config.yaml").read_text() == saved_config
 
 
 def test_damaged_checkpoint_is_named(tiny_run: Path) -> None:
@@ -306,14 +303,14 @@ def test_half_written_checkpoint_is_never_resumed_from(tiny_run: Path) -> None:
 
 
 def start(run_yaml: Path, *overrides: str, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, *launcher, str(ROOT / "train.py"), str(run_yaml), *overrides]
+    command = [sys.executable, *launcher, str(TRAIN), str(run_yaml), *overrides]
     pipe = subprocess.PIPE
     return subprocess.Popen(
         command, text=True, stdout=pipe, stderr=pipe, cwd=run_yaml.parent, env=os.environ | environment
     )
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, process: subprocess.Popen[str] | processes.Started) -> None:
     until = time.monotonic() + 120
     while not path.exists():
         assert process.poll() is None, process.communicate()
@@ -326,7 +323,7 @@ def test_kill_and_resume_ends_as_the_undisturbed_run(tiny_run: Path) -> None:
     settings = ("save_interval=1ba", "max_duration=40ba")
     run(tiny_run, "run_name=undisturbed", *settings)
     for batch in (3, 11):
-        process = start(tiny_run, "autoresume=true", *settings)
+        process = processes.start(TRAIN, str(tiny_run), "autoresume=true", *settings, folder=tiny_run.parent)
         wait_for(folder_of(tiny_run) / "checkpoints" / f"ep0-ba{batch}-rank0.pt", process)
         process.kill()
         assert process.wait() == -signal.SIGKILL
@@ -350,9 +347,9 @@ def test_two_processes_train_as_one_and_end_on_a_signal(tiny_run: Path) -> None:
     until = time.monotonic() + 60
     while not (folder / "latest-rank0.pt").exists() and time.monotonic() < until:
         time.sleep(0.1)
-    process = start(tiny_run, "autoresume=true", *settings, launcher=composer)
-    output, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, output + errors
+    rest = processes.start(TRAIN, str(tiny_run), "autoresume=true", *settings, folder=tiny_run.parent, ranks=2)
+    output, errors = rest.communicate(timeout=200)
+    assert rest.returncode == 0, output + errors
     one, two = losses(tiny_run, "one"), losses(tiny_run)
     assert two.keys() == one.keys()
     # Two halves add up to the whole but for rounding, which grows to a difference one can see after some 30 steps.
@@ -363,7 +360,7 @@ def test_two_processes_train_as_one_and_end_on_a_signal(tiny_run: Path) -> None:
 def front_door(*arguments: str, cwd: Path, **environment: str) -> tuple[int, str, str, float]:
     started = time.monotonic()
     process = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
+        [sys.executable, str(TRAIN), *arguments],
         capture_output=True, text=True, cwd=cwd, env=os.environ | environment, check=False,
     )  # fmt: skip
     return process.returncode, process.stdout, process.stderr, time.monotonic() - started
