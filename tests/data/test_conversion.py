@@ -27,6 +27,7 @@ from cheapertraining.data.pieces import list_pieces
 from cheapertraining.data.shards import read_document_hashes
 from cheapertraining.errors import UserError
 from tests.data.streamed import streamed
+from tools.convert_text import main
 
 SPLITS = (("train", 0.8), ("heldout", 0.2))
 
@@ -356,14 +357,14 @@ sys.exit(main({arguments!r}))
 """
 
 
-def convert_in_process(*arguments: str, limit: int | None = None) -> subprocess.CompletedProcess[str]:
+def convert_in_process(*arguments: str, limit: int) -> subprocess.CompletedProcess[str]:
     root = str(Path(__file__).parents[2])
     return subprocess.run(
         [sys.executable, "-c", CONVERT.format(root=root, arguments=list(arguments))],
         capture_output=True,
         text=True,
         check=False,
-        preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None,
+        preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
     )
 
 
@@ -379,8 +380,8 @@ def test_a_full_disk_is_one_message_and_resume_finishes(
     assert ".conversion: cannot be written (" in full.stderr
     assert "--resume" in full.stderr
     assert not list((tmp_path / "s").glob("*/index.json"))
-    assert convert_in_process(*arguments, "--resume").returncode == 0
-    assert convert_in_process(str(corpus), *options, "--out", str(tmp_path / "t")).returncode == 0
+    assert main([*arguments, "--resume"]) == 0
+    assert main([str(corpus), *options, "--out", str(tmp_path / "t")]) == 0
     assert same_files(tmp_path / "s", tmp_path / "t")
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests.influence.sharded_ranks import CASES, plain, results, run
+from tests.processes import run_on_ranks
 
 WORLD = 2
 pytestmark = pytest.mark.slow
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run, args=(WORLD, str(folder)), nprocs=WORLD)
+    run_on_ranks(run, str(folder), ranks=WORLD)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
