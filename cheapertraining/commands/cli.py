@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import runpy
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from cheapertraining.errors import UserError, nearest
@@ -116,7 +116,7 @@ def _tool(module: str, shown: str, arguments: list[str]) -> int:
     before = sys.argv
     sys.argv = [f"cheapertraining {shown}", *arguments]
     try:
-        code = runpy.run_module(f"tools.{module}")["main"](arguments)
+        code = import_module(f"tools.{module}").main(arguments)
     finally:
         sys.argv = before
         sys.path.remove(str(homes[0]))

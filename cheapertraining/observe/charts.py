@@ -125,7 +125,7 @@ def area(run: RunFolder, title: str, wanted: Mapping[str, Series], order: Sequen
                 "name": name,
                 "mode": "lines",
                 "stackgroup": "shares",
-                "line": {"width": 0.5, "color": colour(order.index(name))},
+                "line": {"width": 0.5, "shape": "hv", "color": colour(order.index(name))},
                 "hovertemplate": "%{y:.1%}",
             }
         )

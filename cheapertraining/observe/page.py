@@ -127,6 +127,8 @@ function look(own) {
   layout.paper_bgcolor = layout.plot_bgcolor = "rgba(0,0,0,0)";
   layout.font = { color: style("--front"), family: "system-ui, sans-serif", size: 13 };
   layout.title = Object.assign({}, own.title, { font: { size: 15 }, x: 0.01, xanchor: "left" });
+  layout.hoverdistance = -1;
+  layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: style("--soft"), activecolor: style("--mark") };
   layout.hoverlabel = { bgcolor: style("--card"), font: { color: style("--front") } };
   layout.xaxis = Object.assign({}, axis, own.xaxis || {});
   if (own.xaxis && own.xaxis.title) layout.xaxis.title = Object.assign({ standoff: 6 }, own.xaxis.title);

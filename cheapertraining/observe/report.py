@@ -161,7 +161,7 @@ def _influence(run: RunFolder) -> list[Block]:
         for name, series in run.by_place(f"fidelity/{what}/{{direction}}").items()
     }
     if changes:
-        title = "Change of the probe's loss from decision to decision: predicted (first order) and realized"
+        title = "Change of the probe loss between decisions"
         blocks.append(figure(charts.run_lines(run, title, changes, _NATS), ""))
     return blocks
 

@@ -36,7 +36,8 @@ def test_every_metric_of_the_vocabulary_is_in_a_panel() -> None:
 
 def test_panels_follow_the_log_of_a_run() -> None:
     titles = [panel.title for panel in chosen(["loss/train/total", "distillation/divergence"])]
-    assert titles == ["Training loss", "Mixture over batches", "Divergence, entropy, agreement"]
+    shown = ["Training loss", "Training loss by source", "Mixture over batches", "Divergence, entropy, agreement"]
+    assert titles == shown
 
 
 def test_wandbs_library_takes_the_panels() -> None:

@@ -1,0 +1,212 @@
+"""One real run that logs whatever there is to log: vocabulary, report, dashboard, texts, pictures, a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cheapertraining.observe.run_folder import LOG_VERSION, RunFolder, read_run
+from cheapertraining.observe.vocabulary import VOCABULARY, find, table
+from tools import wandb_dashboard
+
+BATCHES = 20
+NOT_HERE = {
+    # What this run has no use for; each has a reason.
+    "mixture/gradient_norm2/{source}",  # strategies that compare gradients: doge, pike, rnb
+    "mixture/gradient_variance/{source}",
+    "distillation/{what}",  # refused beside influence_scores
+    "memory/{stat}",  # CUDA
+}
+
+
+@dataclass
+class Logged:
+    """A finished run's folder and what was read from it."""
+
+    folder: Path
+    run: RunFolder
+
+
+@pytest.fixture(scope="module")
+def logged(tiny_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Logged:
+    from cheapertraining.config import load_run_config
+    from cheapertraining.training import train
+
+    runs = tmp_path_factory.mktemp("observed")
+    yaml = runs / "observed.yaml"
+    yaml.write_text(
+        f"""
+compose: {{data: {tiny_sample}/data.yaml}}
+run_name: observed
+seed: 3
+device: cpu
+max_duration: {BATCHES}ba
+save_folder: {runs}
+save_interval: {BATCHES}ba
+model:
+  hidden_size: 16
+  intermediate_size: 32
+  num_layers: 1
+  num_heads: 2
+  num_kv_heads: 2
+  max_position_embeddings: 64
+train_loader: {{global_batch_size: 12, lag: 2}}
+eval_loader: {{batch_size: 8, interval: 10ba, subset_num_batches: 1}}
+optimizer: {{lr: 1.0e-2}}
+scheduler: {{name: wsd, warmup: 2ba, decay: 0.2dur}}
+algorithms:
+  gradient_clipping: {{threshold: 1.0}}
+  online_mixing: {{strategy: influence, interval: 5ba, warmup: 5ba}}
+  influence_scores: {{estimator: dot, probe_samples: 4, refresh: 10ba}}
+callbacks:
+  speed_monitor: {{window_size: 4}}
+  lr_monitor: {{}}
+  generations: {{prompts: ["def main", "import"], interval: 10ba, new_tokens: 4}}
+loggers: {{jsonl: {{}}, console: {{interval: 10ba}}, wandb: {{project: tests, mode: offline}}}}
+""",
+        encoding="utf-8",
+    )
+    train(load_run_config(yaml))
+    folder = runs / "observed"
+    return Logged(folder, read_run(folder))
+
+
+def test_every_number_is_in_the_vocabulary_and_the_reverse(logged: Logged) -> None:
+    names = list(logged.run.metrics)
+    assert [name for name in names if find(name) is None] == []
+    assert {entry.pattern for entry in VOCABULARY} - set(table(names)) == NOT_HERE
+
+
+def test_norms_shares_and_fidelity_are_what_they_say(logged: Logged) -> None:
+    run = logged.run
+    shares = run.by_place("mixture/share/{source}")
+    tokens = run.by_place("mixture/tokens/{source}")
+    at = shares["code"].steps[-1]
+    seen = {name: dict(zip(series.steps, series.values, strict=True))[at] for name, series in tokens.items()}
+    for name, series in shares.items():
+        assert series.last == pytest.approx(seen[name] / sum(seen.values()))
+    ledger = {entry["batch"]: entry for entry in run.ledger}
+    predicted, realized = run.metrics["fidelity/predicted/code"], run.metrics["fidelity/realized/code"]
+    assert predicted.steps.tolist() == realized.steps.tolist() == [10, 15, 20]
+    for step, expected, came in zip(predicted.steps, predicted.values, realized.values, strict=True):
+        assert expected == pytest.approx(ledger[int(step) - 5]["predicted"]["code"])
+        assert came == pytest.approx(ledger[int(step)]["realized_since_last"]["code"])
+    assert (run.metrics["gradient/norm"].values > 0).all()
+    assert (run.metrics["time/data_wait"].values < 1).all()
+
+
+def test_weight_norm_is_that_of_the_saved_weights(logged: Logged) -> None:
+    import torch
+
+    checkpoint = torch.load(logged.folder / "checkpoints" / "latest-rank0.pt", weights_only=False)
+    by_storage = {tensor.data_ptr(): tensor for tensor in checkpoint["state"]["model"].values()}  # tied ones once
+    own = sum(float((tensor.double() ** 2).sum()) for tensor in by_storage.values()) ** 0.5
+    assert logged.run.metrics["weight/norm"].steps[-1] == BATCHES
+    assert logged.run.metrics["weight/norm"].last == pytest.approx(own, rel=1e-5)
+
+
+def test_the_folder_is_complete(logged: Logged) -> None:
+    run = logged.run
+    assert run.notes == []
+    assert json.loads((logged.folder / "run.json").read_text())["log_version"] == LOG_VERSION
+    assert run.environment["torch"]
+    assert run.summary is not None
+    lines = [json.loads(line) for line in (logged.folder / "generations.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["prompt"]) for line in lines] == [
+        (batch, prompt) for batch in (10, 20) for prompt in ("def main", "import")
+    ]
+    assert any(line["text"] for line in lines)
+
+
+def wandb_names(folder: Path) -> set[str]:
+    """Keys of the history that W&B's client has written for a later `wandb sync`."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    (log,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    store, names = DataStore(), set()
+    store.open_for_scan(str(log))
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        # Of a picture or a table come several: the key, then what W&B keeps of it.
+        names |= {item.key or item.nested_key[0] for item in record.history.item}
+    return names
+
+
+def test_wandb_has_the_same_names_offline_with_pictures_and_texts(logged: Logged) -> None:
+    names = wandb_names(logged.folder)
+    assert set(logged.run.metrics) <= names
+    assert {"pictures/mixture", "pictures/influence", "generations"} <= names
+
+
+def test_the_report_holds_everything_and_asks_no_network(logged: Logged) -> None:
+    text = (logged.folder / "report.html").read_text(encoding="utf-8")
+    own = text[: text.index("<script>/**")] + text[text.rindex("<script>") :]  # without Plotly's bundle
+    tabs = re.findall(r'role="tab" id="tab-\d+"[^>]*>(\w+)<', own)
+    assert " ".join(tabs) == "Summary Loss Mixture Influence Speed Health Events Ledger Config Environment"
+    assert not re.search(r'(?:src|href)="(?!data:)', own)
+    figures = [json.loads(found) for found in re.findall(r'application/json">(.*?)</script>', own)]
+    assert len(figures) >= 15
+    assert all(figure["data"] for figure in figures)
+
+
+def test_no_panel_of_the_dashboard_is_empty(logged: Logged) -> None:
+    names = wandb_names(logged.folder)
+    panels = wandb_dashboard.panels()
+    assert {panel.group for panel in panels} >= {"loss", "mixture", "influence", "speed", "optimization"}
+    for panel in panels:
+        if panel.needs not in ("distillation", "cuda", "gradients"):  # which this run has not
+            assert [name for name in names if re.search(panel.regex, name)], panel.title
+    filled = wandb_dashboard.chosen(list(logged.run.metrics))
+    assert filled == [panel for panel in panels if panel in filled]
+    assert {panel.needs for panel in filled} == {None, "influence_scores"}
+
+
+def _serve(folder: Path) -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    browser_path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser_path is None:
+        pytest.skip("needs Chromium")
+    with sync_api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def browser(logged: Logged) -> Iterator[Any]:
+    yield from _serve(logged.folder)
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_in_a_browser_tabs_hover_and_theme_work(logged: Logged, browser: Any, width: int) -> None:
+    problems: list[str] = []
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.set_default_timeout(240_000)  # of a machine that does much else
+    page.on("console", lambda said: problems.append(said.text) if said.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: problems.append(request.url) if request.url.startswith("http") else None)
+    page.goto((logged.folder / "report.html").as_uri())
+    for tab in page.get_by_role("tab").all():
+        tab.click()
+        panel = page.locator(f"#{tab.get_attribute('aria-controls')}")
+        assert panel.is_visible()
+        boxes = panel.locator(".figure").count()
+        assert panel.locator(".figure .main-svg").count() >= boxes
+    page.get_by_role("tab", name="Loss", exact=True).click()
+    page.locator("[role=tabpanel]:not([hidden]) .nsewdrag").first.hover()
+    page.wait_for_selector(".hoverlayer text")
+    assert "code" in " ".join(page.locator(".hoverlayer text").all_text_contents())
+    before = page.evaluate("document.documentElement.dataset.theme")
+    page.locator("#theme").click()
+    assert page.evaluate("document.documentElement.dataset.theme") != before
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert problems == []
