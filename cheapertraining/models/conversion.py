@@ -89,11 +89,12 @@ def convert(
         if to == "hf":
             _write_hf(state["model"], source, unfinished, config, tokenizer)
         elif to == "composer":
-            torch.save({"state": state, "rng": rng}, unfinished)
+            with unfinished.open("wb") as file:  # given a name, torch refuses one without an ending
+                torch.save({"state": state, "rng": rng}, file)
         else:
             _write_shards(state, rng, unfinished)
-        for file in [*unfinished.iterdir(), unfinished] if unfinished.is_dir() else [unfinished]:
-            flush(file)
+        for part in [*unfinished.iterdir(), unfinished] if unfinished.is_dir() else [unfinished]:
+            flush(part)
         os.replace(unfinished, target)
         flush(target.parent)
     except BaseException:
@@ -134,6 +135,7 @@ def _read_shards(folder: Path) -> tuple[State, list[State]]:
         for key in outer:
             place = place.setdefault(key, {})
         place[last] = value
+    nested = _listed(nested)
     rest = read_rest(folder)
     state = dict(rest["state"]) | {"model": nested["model"]}
     if "optimizer" in nested:
@@ -141,6 +143,15 @@ def _read_shards(folder: Path) -> tuple[State, list[State]]:
         moments = any("exp_avg" in entry for entry in nested["optimizer"].get("state", {}).values())
         state["optimizers"] = {"AdamW" if moments else "SGD": nested["optimizer"]}
     return state, rest["rng"]
+
+
+def _listed(node: Any) -> Any:
+    """DCP has entries of lists under their numbers, as it has those of mappings under their keys."""
+    if not isinstance(node, dict):
+        return node
+    values = {key: _listed(value) for key, value in node.items()}
+    numbered = bool(values) and all(isinstance(key, int) for key in values)
+    return [values[key] for key in sorted(values)] if numbered else values
 
 
 # ---- writing -----------------------------------------------------------------------------------------------

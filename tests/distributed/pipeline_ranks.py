@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch.distributed as dist
 
-from cheapertraining.errors import UserError
 from tests.distributed.ranks import checkpoint_of
 from tools.bench._layouts import config_of, resume_from, run_once
 
@@ -28,7 +26,7 @@ def twin(run: str) -> str:
     return f"alone-{optimizer}{'-untied' if UNTIED[0] in overrides else ''}"
 
 
-def work(path: Path, folder: Path) -> None:
+def work(path: Path) -> None:
     """Everything, on this rank."""
     runs, rank = path.parent / "runs", dist.get_rank()
     for name, (optimizer, overrides) in RUNS.items():
@@ -41,24 +39,3 @@ def work(path: Path, folder: Path) -> None:
         dist.barrier()
         again = ("autoresume=true", f"run_name=pp-from-{kind}", f"max_duration={RESUMED_TO}ba")
         run_once(config_of(path, "pp", *again))
-    if rank == 0:
-        (folder / "refusals.json").write_text(json.dumps(refusals(path)))
-
-
-def refusals(path: Path) -> dict[str, str]:
-    """What each rank refuses by itself, before anything is built."""
-    from cheapertraining.training import train
-
-    wrong = {
-        "rows": ("train_loader.device_microbatch_size=16",),
-        "auto": ("train_loader.device_microbatch_size=auto",),
-        "uneven": ("train_loader.global_batch_size=6", "parallelism.pp.schedule=interleaved"),
-        "degree": ("parallelism.pp.pipeline_parallel_degree=3",),
-    }
-    found = {}
-    for name, overrides in wrong.items():
-        try:
-            train(config_of(path, "pp", f"run_name=refused-{name}", *overrides))
-        except UserError as error:
-            found[name] = str(error)
-    return found

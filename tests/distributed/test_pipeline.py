@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from cheapertraining.distributed.parallelism import check_together, plan_layout
 from cheapertraining.distributed.pipeline import plan_stages
 from cheapertraining.errors import UserError
 from tests.distributed.pipeline_ranks import RESUMED_TO, RUNS, SAVED_AT, STEPS, UNTIED, twin, work
@@ -39,7 +41,7 @@ def path(tiny_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_once(config_of(path, "single", f"run_name={twin(run)}", *steps, *shape), optimizer)
     shards = (f"max_duration={SAVED_AT}ba", "run_name=shards", "parallelism.state_dict_type=sharded")
     run_once(config_of(path, "single", *shards))
-    spawn(work, 2, path, folder)
+    spawn(work, 2, path)
     return path
 
 
@@ -105,16 +107,34 @@ def test_one_process_goes_on_from_what_a_pipeline_saved(run: str, path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("what", "words"),
+    ("overrides", "words"),
     [
-        ("rows", "at least as many micro-batches of equal size in a global batch of 16: expected one of 1, 2, 4, 8"),
-        ("auto", "found auto"),
-        ("uneven", "multiple of 2 micro-batches, found 3 of 2 rows"),
-        ("degree", "expected the number of processes (2), found 3"),
+        (
+            ["train_loader.device_microbatch_size=16"],
+            "at least as many micro-batches of equal size in a global batch of 16: expected one of 1, 2, 4, 8",
+        ),
+        (["train_loader.device_microbatch_size=auto"], "found auto"),
+        (
+            ["train_loader.global_batch_size=10", "parallelism.pp.schedule=interleaved"],
+            "a multiple of 2 micro-batches, found 5 of 2 rows",
+        ),
+        (["parallelism.pp.pipeline_parallel_degree=3"], "expected the number of processes (2), found 3"),
+        (["parallelism.fsdp2={}"], "cannot be had beside fsdp2"),
+        (["parallelism.state_dict_type=sharded"], "a pipeline writes checkpoints as one file"),
+        (["algorithms.influence_scores={}", "data.probes.code.source=code"], "which a pipeline spreads"),
     ],
 )
-def test_what_cannot_be_is_refused_at_start(what: str, words: str, path: Path) -> None:
-    assert words in json.loads((path.parent / "refusals.json").read_text())[what]
+def test_what_cannot_be_is_refused_at_start(
+    overrides: list[str], words: str, tiny_sample: Path, tmp_path: Path
+) -> None:
+    yaml = tiny_yaml(tmp_path / "run.yaml", tiny_sample / "data.yaml", model=FOUR_LAYERS)
+
+    def begin() -> None:
+        config = config_of(yaml, "pp", *overrides)
+        check_together(config, plan_layout(config.parallelism, 2), "fp32")
+
+    with pytest.raises(UserError, match=re.escape(words)):
+        begin()
 
 
 def test_layers_are_divided_evenly() -> None:
