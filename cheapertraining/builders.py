@@ -492,7 +492,8 @@ def build_callbacks(config: RunConfig, loader: MixtureLoader, folder: Path, devi
         callbacks.append(build_generations(config, texts, folder))
     if config.loggers.wandb is not None:
         batches = planned_tokens(config) // (config.train_loader.global_batch_size * config.data.seq_len)
-        callbacks.append(Pictures(loader.mixture, interval=max(1, batches // 10)))
+        # Drawing takes some tenths of a second, which in a short run would be felt.
+        callbacks.append(Pictures(loader.mixture, interval=max(1000, batches // 10)))
     if (console := config.loggers.console) is not None:
         callbacks.append(ConsoleLines(loader.mixture, interval=int(split_duration(console.interval)[0])))
     return [
