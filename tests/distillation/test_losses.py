@@ -217,8 +217,8 @@ def test_targets_are_refused() -> None:
         distillation_loss(z, DenseTargets(bad), labels)
     with pytest.raises(UserError, match="stored at 2 and cannot be turned into those at 1"):
         distillation_loss(z, top_k_targets(z, 3, temperature=2.0), labels)
+    sampled = SampledTargets(torch.zeros(2, 8, 1, dtype=torch.int64), torch.ones(2, 8, 1))
     with pytest.raises(UserError, match="linear in the teacher's probabilities, reverse_kl is not"):
-        sampled = SampledTargets(torch.zeros(2, 8, 1, dtype=torch.int64), torch.ones(2, 8, 1))
         distillation_loss(z, sampled, labels, divergence=Divergence("reverse_kl"))
 
 
