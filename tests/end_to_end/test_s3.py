@@ -7,8 +7,6 @@ import multiprocessing
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -28,6 +26,7 @@ from cheapertraining.errors import UserError
 from cheapertraining.training import train
 from tests.end_to_end.real_runs import ROOT, comparable_metrics, final_state, model_hash, record, recorded, write_yaml
 from tests.end_to_end.s3_server import CuttingProxy, S3Server
+from tests.processes import start
 
 SOURCES = {"code": "zstd:3", "docs": None, "topics": None}
 SEQ_LEN = 32
@@ -337,14 +336,14 @@ def test_shard_that_is_missing_in_the_middle_of_a_run_is_one_line(
 ) -> None:
     """Met by a worker process of the loader."""
     run, remote = write_run_with_a_hole(s3, local, tmp_path, data)
-    command = [sys.executable, str(ROOT / "train.py"), str(run), "train_loader.num_workers=1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
-    assert done.returncode == 2, done.stderr
-    said = [line for line in done.stderr.splitlines() if line.startswith("shards of 'docs/train'")]
+    process = start(ROOT / "train.py", str(run), "train_loader.num_workers=1", folder=tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    said = [line for line in errors.splitlines() if line.startswith("shards of 'docs/train'")]
     expected = f"cannot read {remote}/docs/train/shard.00003.mds at {s3.url} (404 Not Found)."
     assert len(said) == 1
     assert expected in said[0]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -18,6 +18,9 @@ from cheapertraining.data.conversion import merge_parts
 from tests.data.streamed import streamed
 from tests.end_to_end.real_runs import ROOT
 from tests.end_to_end.s3_server import BUCKET, CuttingProxy, S3Server
+from tests.processes import start
+
+TOOL = ROOT / "tools" / "convert_text.py"
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +34,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(corpus: Path, tiny_sample: Path, out: str, *more: str) -> list[str]:
-    tool = [sys.executable, str(ROOT / "tools" / "convert_text.py"), str(corpus), "--out", out, "--source", "s"]
+    tool = [str(corpus), "--out", out, "--source", "s"]
     made = ["--tokenizer", str(tiny_sample / "tokenizer"), "--seq-len", "32", "--shard-size", "4kb"]
     return [*tool, *made, "--split-by-hash", "train:0.9,heldout:0.1", "--window-tokens", "2000", *more]
 
 
-def run(arguments: list[str], code: int = 0) -> str:
+def run(arguments: list[str], folder: Path, code: int = 0) -> str:
     """Run to the end; returns what was said on standard error."""
-    done = subprocess.run(
-        arguments, capture_output=True, text=True, timeout=120, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    assert done.returncode == code, done.stderr
-    return done.stderr
+    process = start(TOOL, *arguments, folder=folder)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    return errors
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -58,7 +60,7 @@ def shards_in(s3: S3Server, prefix: str) -> dict[str, bytes]:
 def local(corpus: Path, tiny_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of the undisturbed local conversion."""
     out = tmp_path_factory.mktemp("local") / "out"
-    run(command(corpus, tiny_sample, str(out)))
+    run(command(corpus, tiny_sample, str(out)), out.parent)
     files = files_of(out)
     assert sum(name.endswith(".mds") for name in files) > 25
     return files
@@ -75,7 +77,9 @@ def test_the_same_bytes_also_after_kills(
     seen = 0
     for _ in range(2):
         process = subprocess.Popen(
-            [*arguments, "--resume"], env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True
+            [sys.executable, str(TOOL), *arguments, "--resume"],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            start_new_session=True,
         )
         until = time.monotonic() + 60
         while len(s3.get_folder("killed")) < seen + 6:
@@ -87,7 +91,7 @@ def test_the_same_bytes_also_after_kills(
         there = s3.get_folder("killed")
         assert not [name for name in there if name.endswith("index.json")]
         seen = len(there)
-    run([*arguments, "--resume"])
+    run([*arguments, "--resume"], tmp_path)
     assert shards_in(s3, "killed") == local
     assert not (tmp_path / "work").exists()
 
@@ -98,14 +102,14 @@ def test_a_store_that_begins_to_refuse(
 ) -> None:
     arguments = command(corpus, tiny_sample, f"s3://{BUCKET}/refused", "--work", str(tmp_path / "work"))
     with s3.refusing(after=20):
-        said = run(arguments, code=2)
+        said = run(arguments, tmp_path, code=2)
     assert said.count("\n") == 1
     assert said.startswith(f"convert_text: s3://{BUCKET}/refused: cannot write train/shard.")
     assert "(403" in said or "AccessDenied" in said or "InvalidAccessKeyId" in said
     there = s3.get_folder("refused")
     assert there
     assert all(name.endswith(".mds") for name in there)
-    run([*arguments, "--resume"])
+    run([*arguments, "--resume"], tmp_path)
     assert shards_in(s3, "refused") == local
 
 
@@ -114,11 +118,11 @@ def test_a_store_that_refuses_at_once_or_is_not_there(
 ) -> None:
     work = ["--work", str(tmp_path / "work")]
     with s3.refusing():
-        said = run(command(corpus, tiny_sample, f"s3://{BUCKET}/closed", *work), code=2)
+        said = run(command(corpus, tiny_sample, f"s3://{BUCKET}/closed", *work), tmp_path, code=2)
     assert said.count("\n") == 1
     assert f"s3://{BUCKET}/closed: cannot" in said
     assert not s3.get_folder("closed")
-    said = run(command(corpus, tiny_sample, "s3://nowhere/s", "--work", str(tmp_path / "other")), code=2)
+    said = run(command(corpus, tiny_sample, "s3://nowhere/s", "--work", str(tmp_path / "other")), tmp_path, code=2)
     assert said.count("\n") == 1
     assert "convert_text: s3://nowhere/s: cannot" in said
 
@@ -135,7 +139,7 @@ def test_parts_of_two_machines_merge_in_the_store_to_the_same_rows(
         (out, ["--part", "2/2", "--work", str(tmp_path / "two")]),
         (str(tmp_path / "whole"), []),
     )]  # fmt: skip
-    processes = [subprocess.Popen(line, env=os.environ | {"PYTHONPATH": str(ROOT)}) for line in both]
+    processes = [start(TOOL, *line, folder=tmp_path) for line in both]
     assert [process.wait(120) for process in processes] == [0, 0, 0]
     assert "train/index.json" not in s3.get_folder("parts")
     metas = merge_parts(out)
@@ -163,6 +167,6 @@ def test_cut_connections_while_writing(
     """Answers are cut short, as those to uploads and to readings back; all is sent and asked for again."""
     with CuttingProxy(s3.url, after=3000, times=5) as proxy:
         monkeypatch.setenv("S3_ENDPOINT_URL", proxy.url)
-        run(command(corpus, tiny_sample, f"s3://{BUCKET}/cut", "--work", str(tmp_path / "work")))
+        run(command(corpus, tiny_sample, f"s3://{BUCKET}/cut", "--work", str(tmp_path / "work")), tmp_path)
         assert proxy.cut == 5
     assert shards_in(s3, "cut") == local
