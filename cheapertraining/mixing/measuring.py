@@ -70,13 +70,12 @@ class Measuring:
                 combine=config.combine,
                 layers=config.layers,
             )
-        made = ProbeBank(probes, probe_weights, config.probe_samples)
-        if PROBE_LOSSES in needs:
-            bank = made
+        if needs & {PROBE_LOSSES, PROBE_PRODUCTS}:
+            bank = ProbeBank(probes, probe_weights, config.probe_samples)
         if GRAM in needs:
-            probed = made if PROBE_PRODUCTS in needs else None
+            probed = bank if PROBE_PRODUCTS in needs else None
             gradients = GradientEstimator(mixture, config.source_samples, config.seed, config.layers, probed)
-        return cls(estimator, gradients, bank)
+        return cls(estimator, gradients, bank if PROBE_LOSSES in needs else None)
 
     def measure(
         self, model: nn.Module, optimizer: Optimizer | None, update_index: int, microbatch_size: int | None
