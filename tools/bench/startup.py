@@ -134,7 +134,7 @@ def child(run: str, overrides: list[str]) -> None:
     build_callbacks = training.build_callbacks
     with (
         marks.after(training, "build_loader", "data"),
-        marks.after(training, "build_model", "model"),
+        marks.after(training, "build_spread_model", "model"),
         marks.after(training, "Trainer", "trainer"),
         patch.object(training, "build_callbacks", lambda *arguments: [*build_callbacks(*arguments), FirstStep()]),
     ):
