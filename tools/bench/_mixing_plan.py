@@ -13,13 +13,17 @@ from typing import Any
 import numpy as np
 
 from cheapertraining.mixing.offline import (
+    RunTable,
     best_simulated,
+    cross_validate,
     fit_boosted_trees,
     fit_law,
     mixture_bounds,
     optimal_mixture,
     sample_mixtures,
 )
+from cheapertraining.mixing.offline.fidelity import Predicts
+from cheapertraining.mixing.signals import Array
 from tools.bench._mixing_corpus import Corpus
 from tools.bench._mixing_run import RunSpec, execute
 from tools.bench._mixing_settings import CONTENDERS, Setting
@@ -130,20 +134,34 @@ def offline_weights(setting: Setting, swarm: Sequence[Result], losses: str) -> d
     Args:
         losses: ``probe``, which a method may read; or ``heldout``, for the oracle.
     """
-    names = setting.sources
-    mixtures = np.array([[run["spec"]["data"]["sources"][name]["weight"] for name in names] for run in swarm])
-    mixtures /= mixtures.sum(axis=1, keepdims=True)
-    table = np.array([[_final(run, target, losses) for target in setting.targets] for run in swarm])
-    prior = np.full(len(names), 1 / len(names))
-    lower, upper = mixture_bounds(names)
-    laws = [fit_law(mixtures, column) for column in table.T]
+    table = _table(setting, swarm, losses)
+    prior = np.full(len(table.sources), 1 / len(table.sources))
+    lower, upper = mixture_bounds(table.sources)
+    laws = [fit_law(table.weights, column) for column in table.losses.T]
     law = optimal_mixture(laws, prior, lower, upper, kl=0.1 if losses == "probe" else 0.0).weights
     simulated = sample_mixtures(prior, _SIMULATED, lower=lower, upper=upper, seed=1)
-    trees, _ = best_simulated([fit_boosted_trees(mixtures, column) for column in table.T], simulated)
+    trees, _ = best_simulated([fit_boosted_trees(table.weights, column) for column in table.losses.T], simulated)
     return {
-        "mixing_law": dict(zip(names, law.tolist(), strict=True)),
-        "regmix": dict(zip(names, trees.tolist(), strict=True)),
+        "mixing_law": dict(zip(table.sources, law.tolist(), strict=True)),
+        "regmix": dict(zip(table.sources, trees.tolist(), strict=True)),
     }
+
+
+def swarm_fidelity(setting: Setting, swarm: Sequence[Result]) -> dict[str, float]:
+    """Rank correlation of predicted and true held-out losses, each run predicted from the others; mean over targets."""
+    table = _table(setting, swarm, "heldout")
+    fits: dict[str, Callable[[Array, Array], Predicts]] = {"mixing_law": fit_law, "regmix": fit_boosted_trees}
+    return {
+        method: float(np.mean(cross_validate(table, fit, folds=len(swarm)).spearman)) for method, fit in fits.items()
+    }
+
+
+def _table(setting: Setting, swarm: Sequence[Result], losses: str) -> RunTable:
+    names = setting.sources
+    mixtures = np.array([[run["spec"]["data"]["sources"][name]["weight"] for name in names] for run in swarm])
+    ends = np.array([[_final(run, target, losses) for target in setting.targets] for run in swarm])
+    runs = tuple(run["spec"]["label"] for run in swarm)
+    return RunTable(names, setting.targets, mixtures / mixtures.sum(axis=1, keepdims=True), ends, runs)
 
 
 def _final(run: Result, target: str, losses: str) -> float:

@@ -28,6 +28,7 @@ from tools.bench._mixing_plan import (
     offline_weights,
     oracle_candidates,
     spec_of,
+    swarm_fidelity,
     swarm_specs,
 )
 from tools.bench._mixing_report import Table, print_tables, target_loss, write_report
@@ -88,6 +89,7 @@ class Benchmark:
         candidates: dict[tuple[str, str], tuple[dict[str, float], RunSpec]] = {}
         for setting in settings:
             swarm = [self._result(spec) for spec in swarms[setting.name]]
+            print(f"{setting.name}: rank correlation on runs not fitted to: {swarm_fidelity(setting, swarm)}")
             for method, weights in offline_weights(setting, swarm, "probe").items():
                 self.weights[setting.name, method] = weights
             for name, weights in oracle_candidates(setting, swarm).items():
