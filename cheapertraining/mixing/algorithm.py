@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from composer.core import Algorithm, Event, Precision, State
 from composer.core.precision import get_precision_context
@@ -31,6 +30,7 @@ from cheapertraining.influence.scorers.gram import GradientEstimator, SourceGrad
 from cheapertraining.influence.scorers.sources import SourceEstimator
 from cheapertraining.mixing.agreement import agreed
 from cheapertraining.mixing.controller import Decision, MixtureController, Totals
+from cheapertraining.mixing.measuring import read_probes
 from cheapertraining.mixing.records import append_lines, drop_later, metrics_of, note_source_changes
 from cheapertraining.mixing.signals import GRAM, PROBE_LOSSES, REFERENCE, ProbeReading
 
@@ -292,9 +292,7 @@ class OnlineMixing(Algorithm):
 
     def _read_probes(self, state: State) -> ProbeReading:
         assert self.probes is not None
-        losses = self.probes.losses(state.model, 0, _microbatch_size(state))
-        weights = np.array([self.probes.weights[name] for name in self.probes.names])
-        return ProbeReading(self.probes.names, weights, np.array([losses[name].mean for name in self.probes.names]))
+        return read_probes(self.probes, state.model, _microbatch_size(state))
 
     def _course(self, batch: int) -> dict[str, float]:
         """Weights, counts and losses by source."""

@@ -20,7 +20,7 @@ from cheapertraining.influence.scorers.sources import SourceEstimator
 from cheapertraining.influence.settings import InfluenceConfig
 from cheapertraining.mixing.signals import GRAM, INFLUENCE, PROBE_LOSSES, PROBE_PRODUCTS, ProbeReading
 
-__all__ = ["Measured", "Measuring", "check_forward"]
+__all__ = ["Measured", "Measuring", "check_forward", "read_probes"]
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,16 @@ class Measuring:
             _check_finite(influence)
         if self.gradients is not None:
             gradients = self.gradients.measure(model, update_index=update_index, microbatch_size=microbatch_size)
-        if (bank := self.bank) is not None:
-            losses = bank.losses(model, 0, microbatch_size)  # The same samples each time.
-            weights = np.array([bank.weights[name] for name in bank.names])
-            reading = ProbeReading(bank.names, weights, np.array([losses[name].mean for name in bank.names]))
+        if self.bank is not None:
+            reading = read_probes(self.bank, model, microbatch_size)
         return Measured(influence, gradients, reading)
+
+
+def read_probes(bank: ProbeBank, model: nn.Module, microbatch_size: int | None) -> ProbeReading:
+    """The probes' losses on the same samples each time, the first window of each. Call it on all ranks."""
+    losses = bank.losses(model, 0, microbatch_size)
+    weights = np.array([bank.weights[name] for name in bank.names])
+    return ProbeReading(bank.names, weights, np.array([losses[name].mean for name in bank.names]))
 
 
 def check_forward(model: nn.Module) -> None:

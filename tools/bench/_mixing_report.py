@@ -27,13 +27,12 @@ from numpy.typing import NDArray
 
 from tools.bench._mixing_plan import SWARM_RUNS, SWARM_STEPS, Result
 from tools.bench._mixing_run import weights_of
-from tools.bench._mixing_settings import CONTENDERS, UNREADABLE, Setting
+from tools.bench._mixing_settings import CONTENDERS, REFERENCE_STEPS, UNREADABLE, Setting
 
 Float64 = NDArray[np.float64]
 Table = dict[str, list[Result]]
 """Results by contender, one a seed, in the order of the seeds."""
 _DRAWS = 10_000
-_REFERENCE_STEPS = 300
 _CORRUPTED_BY = 150
 
 
@@ -88,7 +87,7 @@ def _upfront_units(name: str) -> float:
     """Step equivalents spent before the run."""
     if name in CONTENDERS and CONTENDERS[name].kind == "offline":
         return SWARM_RUNS * SWARM_STEPS
-    return _REFERENCE_STEPS if name == "doremi" else 0.0
+    return REFERENCE_STEPS if name == "doremi" else 0.0
 
 
 def figures_of(name: str, table: Table, setting: Setting) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from tools.bench._mixing_corpus import CORRUPTED, Corpus
 
 SCARCE, TINY = 167_000, 20_000
 """Tokens of a scarce target: about half of what uniform sampling would draw of it in 600 steps; and next to nothing."""
-BATCH = 16
+REFERENCE_STEPS = 300
+"""At most, of the model that doremi compares with."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from tools.bench._mixing_plan import (
 )
 from tools.bench._mixing_report import Table, print_tables, target_loss, write_report
 from tools.bench._mixing_run import RunSpec
-from tools.bench._mixing_settings import CONTENDERS, IDEAS, Setting, make_settings
+from tools.bench._mixing_settings import CONTENDERS, IDEAS, REFERENCE_STEPS, Setting, make_settings
 
 SCORED = ("A1", "A3", "C", "B", "A2")
 CORE = ("uniform", "oracle", "influence", "matching")
@@ -192,7 +192,9 @@ class Benchmark:
         return spec_of(self.corpus, setting, name, seed, trial=trial, extra=extra, **more)
 
     def _reference(self, setting: Setting) -> RunSpec:
-        return spec_of(self.corpus, setting, "uniform", SEARCH_SEED, steps=min(setting.steps, 300), save=True)
+        return spec_of(
+            self.corpus, setting, "uniform", SEARCH_SEED, steps=min(setting.steps, REFERENCE_STEPS), save=True
+        )
 
     def _result(self, spec: RunSpec) -> Result:
         found = self.results.get(spec)
