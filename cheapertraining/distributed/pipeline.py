@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -18,55 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
-from cheapertraining.errors import UserError
+from cheapertraining.distributed.layout import StagePlan, plan_stages
 
 __all__ = ["Pipeline", "ScheduleName", "StagePlan", "mend_pipeline_on_gloo", "plan_stages"]
 
 log = logging.getLogger(__name__)
 
 ScheduleName = Literal["gpipe", "1f1b", "interleaved"]
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """Which decoder layers are in which stage.
-
-    Attributes:
-        ranks: of the pipeline; stage ``s`` is on rank ``s % ranks``.
-        layers: numbers of the decoder layers, by stage. The embedding is with the first, norm and head with the last.
-    """
-
-    ranks: int
-    layers: tuple[range, ...]
-
-    @property
-    def stages(self) -> int:
-        return len(self.layers)
-
-    def stages_of(self, rank: int) -> list[int]:
-        """The stages of a rank, in the order that a sample passes through them."""
-        return list(range(rank, self.stages, self.ranks))
-
-    @property
-    def last_rank(self) -> int:
-        """The rank of the last stage."""
-        return (self.stages - 1) % self.ranks
-
-
-def plan_stages(num_layers: int, ranks: int, stages_per_rank: int) -> StagePlan:
-    """Divide layers among stages, as evenly as whole layers can be.
-
-    Raises:
-        UserError: there are fewer layers than stages.
-    """
-    stages = ranks * stages_per_rank
-    if num_layers < stages:
-        raise UserError(
-            f"parallelism.pp: {ranks} ranks with {stages_per_rank} stages each need at least {stages} decoder layers, "
-            f"found {num_layers}. Use fewer ranks, fewer stages_per_rank, or a deeper model."
-        )
-    bounds = [num_layers * stage // stages for stage in range(stages + 1)]
-    return StagePlan(ranks, tuple(range(a, b) for a, b in pairwise(bounds)))
 
 
 class Pipeline:
