@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from cheapertraining.influence.losses import IGNORED
 
-__all__ = ["vocabulary_parallel_sample_loss", "vocabulary_parallel_token_losses"]
+__all__ = ["vocabulary_parallel_token_losses"]
 
 
 def vocabulary_parallel_token_losses(
@@ -35,14 +35,6 @@ def vocabulary_parallel_token_losses(
     wide = logits if logits.dtype == torch.float64 else logits.float()
     losses: torch.Tensor = _CrossEntropy.apply(wide, targets, counted, group)  # type: ignore[no-untyped-call]
     return losses, counted
-
-
-def vocabulary_parallel_sample_loss(
-    logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`vocabulary_parallel_token_losses` summed over each sample: nats ``[B]``, and tokens, int64 ``[B]``."""
-    losses, counted = vocabulary_parallel_token_losses(logits, labels, group)
-    return losses.sum(dim=1), counted.sum(dim=1)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -27,9 +27,9 @@ from torchmetrics import Metric
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from cheapertraining.distributed.vocabulary import vocabulary_parallel_sample_loss
+from cheapertraining.distributed.vocabulary import vocabulary_parallel_token_losses
 from cheapertraining.errors import UserError, nearest
-from cheapertraining.influence.losses import per_sample_loss
+from cheapertraining.influence.losses import token_losses
 
 if TYPE_CHECKING:
     from cheapertraining.config import ModelConfig
@@ -198,16 +198,21 @@ class CausalLM(ComposerModel):
         if self.objective is not None:
             return self.objective(outputs["head_inputs"], batch, outputs)
         group = self.vocabulary_group
-        if group is None:
-            sums, tokens = per_sample_loss(outputs["logits"], batch["labels"])
-        else:
-            sums, tokens = vocabulary_parallel_sample_loss(outputs["logits"], batch["labels"], group)
+        losses, counted = self.token_losses(outputs["logits"], batch["labels"])
+        sums, tokens = losses.sum(dim=1), counted.sum(dim=1)
         # Ranks of one group see the same samples, of which sums over all ranks are to hold each once.
         reported = 1 if group is None or dist.get_rank(group) == 0 else 0
         outputs["sample_loss_sum"] = sums.detach() * reported
         outputs["sample_tokens"] = tokens.detach() * reported
         # A microbatch may hold nothing but prompt or padding; its loss is then zero, not 0/0.
         return sums.sum() / tokens.sum().clamp(min=1)
+
+    def token_losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return :func:`~cheapertraining.influence.losses.token_losses` of the logits that `forward` gives, which may
+        be a part of the vocabulary."""
+        if self.vocabulary_group is None:
+            return token_losses(logits, labels)
+        return vocabulary_parallel_token_losses(logits, labels, self.vocabulary_group)
 
     def eval_forward(self, batch: Mapping[str, Any], outputs: Any | None = None) -> Any:
         """Return the outputs of `forward` with ``sample_loss_sum`` and ``sample_tokens`` beside the logits."""
