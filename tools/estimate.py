@@ -11,18 +11,19 @@ what they were checked against are in docs/planning.md.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
 from cheapertraining.errors import UserError
 
 if TYPE_CHECKING:
-    from cheapertraining.config import ModelConfig, RunConfig
-    from cheapertraining.distributed.estimate import GPU, Memory, Plan, Shape, Speed
+    from cheapertraining.config import RunConfig
+    from cheapertraining.distributed.estimate import Memory, Plan, Shape
+    from cheapertraining.distributed.throughput import GPU, Speed
 
 
 def read_run(name: str, overrides: list[str]) -> RunConfig:
@@ -43,75 +44,19 @@ def read_run(name: str, overrides: list[str]) -> RunConfig:
     return load_run_config("mixed_pretrain", [f"compose.model={name}", *overrides])
 
 
-def read_shape(model: ModelConfig) -> Shape:
-    """Sizes from a yaml, or from the config.json of a Hugging Face folder.
+def read_teacher(run: RunConfig) -> Shape | None:
+    """Sizes of a live teacher that is another model.
 
     Raises:
-        UserError: there is no such folder, it lacks a size, or the vocabulary is not known.
+        UserError: it is no Hugging Face folder of a Llama-like model.
     """
-    from cheapertraining.distributed.estimate import Shape
+    from cheapertraining.config import ModelConfig
+    from cheapertraining.distributed.estimate import shape_of_model
 
-    if model.name_or_path is None:
-        if model.vocab_size is None:
-            raise UserError("model.vocab_size: needs a number here, e.g. model.vocab_size=32000.")
-        head = model.hidden_size // model.num_heads
-        sizes = (model.vocab_size, model.hidden_size, model.intermediate_size, model.num_layers, model.num_heads)
-        return Shape(*sizes, model.num_kv_heads, head, model.tie_embeddings)
-    file = Path(model.name_or_path) / "config.json"
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        heads = found["num_attention_heads"]
-        return Shape(
-            found["vocab_size"],
-            found["hidden_size"],
-            found["intermediate_size"],
-            found["num_hidden_layers"],
-            heads,
-            found.get("num_key_value_heads") or heads,
-            found.get("head_dim") or found["hidden_size"] // heads,
-            bool(found.get("tie_word_embeddings")),
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file}: expected the sizes of a Llama-like model, found none ({error}).") from error
-
-
-def read_plan(run: RunConfig, options: argparse.Namespace) -> Plan:
-    """What the run's layout and batch come to on so many GPUs."""
-    from cheapertraining.distributed.estimate import Plan
-    from cheapertraining.distributed.parallelism import plan_layout
-
-    parts = run.parallelism
-    layout = plan_layout(parts, options.gpus * options.nodes)
-    size, rows = run.train_loader.global_batch_size, run.train_loader.device_microbatch_size
-    if size % layout.data:
-        raise UserError(f"train_loader.global_batch_size: expected a multiple of {layout.data}, found {size}.")
-    each = size // layout.data if rows == "auto" else min(rows, size // layout.data)
-    distillation = run.algorithms.distillation
-    live = distillation is not None and distillation.cache is None and distillation.teacher.path is not None
-    teacher = 0
-    if live and distillation is not None:
-        from cheapertraining.config import ModelConfig
-
-        teacher = read_shape(ModelConfig(name_or_path=distillation.teacher.path)).parameters
-    return Plan(
-        length=run.data.seq_len,
-        rows=each,
-        batch=size,
-        half=run.precision != "fp32",
-        flash=run.model.attention == "flash_attention_2" or (run.model.attention == "auto" and run.precision != "fp32"),
-        replicate=layout.replicate,
-        shard=layout.shard,
-        tensor=layout.tensor,
-        stages=layout.stages,
-        schedule="1f1b" if parts.pp is None else parts.pp.schedule,
-        stages_per_rank=1 if parts.pp is None else parts.pp.stages,
-        checkpointing=parts.activation_checkpointing,
-        gathered_whole=parts.fsdp2 is not None and not parts.fsdp2.reshard_after_forward,
-        chunk=None if distillation is None else options.chunk,
-        teacher=teacher,
-        teacher_sharded=layout.shard > 1,
-        ranks_per_node=options.gpus,
-    )
+    settings = run.algorithms.distillation
+    if settings is None or settings.cache is not None or settings.teacher.kind != "model":
+        return None
+    return shape_of_model(ModelConfig(name_or_path=settings.teacher.path))
 
 
 def report(shape: Shape, plan: Plan, gpu: GPU, memory: Memory, speed: Speed, tokens: float | None) -> str:
@@ -137,7 +82,8 @@ def report(shape: Shape, plan: Plan, gpu: GPU, memory: Memory, speed: Speed, tok
 
 def main(arguments: list[str]) -> int:
     """Estimate and return the exit code: 0, or 2 where the user can put something right."""
-    from cheapertraining.distributed.estimate import GPUS, estimate_memory, estimate_speed
+    from cheapertraining.distributed.estimate import estimate_memory, plan_of_run, shape_of_model
+    from cheapertraining.distributed.throughput import GPUS, estimate_speed
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -149,11 +95,14 @@ def main(arguments: list[str]) -> int:
     add("--mfu", type=float, default=0.35, help="share of the peak that a GPU's arithmetic reaches (%(default)s)")
     add("--network", type=float, default=50.0, metavar="GB/S", help="between nodes, a GPU (default: %(default)s)")
     add("--tokens", type=float, help="to train on, e.g. 1e12: how long it takes")
-    add("--chunk", type=int, default=1024, help="tokens of distillation's chunked loss (default: %(default)s)")
     options = parser.parse_intermixed_args(arguments)
     try:
         run = read_run(options.yaml, options.overrides)
-        shape, plan, gpu = read_shape(run.model), read_plan(run, options), GPUS[options.gpu]
+        shape, gpu = shape_of_model(run.model), GPUS[options.gpu]
+        ranks = options.gpus * options.nodes
+        plan = replace(
+            plan_of_run(run, shape, ranks, on_gpu=True, teacher=read_teacher(run)), ranks_per_node=options.gpus
+        )
         speed = estimate_speed(shape, plan, gpu, mfu=options.mfu, network=options.network * 1e9)
         print(report(shape, plan, gpu, estimate_memory(shape, plan), speed, options.tokens))
     except UserError as error:

@@ -1,41 +1,37 @@
-"""What a run takes of a GPU's memory, and how fast it can be: formulas alone, nothing is built.
+"""What a run takes of a GPU's memory: formulas alone, nothing is built and no torch is imported.
 
-``docs/planning.md`` derives each formula and says what it is checked against. Sizes are bytes on one GPU.
+    shape = shape_of_model(config.model, vocabulary)
+    memory_of_run(config, shape, world_size, on_gpu=True).total        # bytes of the fullest rank
+
+``docs/planning.md`` derives each formula and says what it is checked against. Sizes are bytes on one rank.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-__all__ = ["GPU", "GPUS", "Memory", "Plan", "Shape", "Speed", "activation_bytes", "estimate_memory", "estimate_speed"]
+from cheapertraining.config import ModelConfig, RunConfig, TeacherConfig
+from cheapertraining.distributed.layout import plan_layout, plan_stages
+from cheapertraining.errors import UserError
+
+__all__ = [
+    "Memory",
+    "Plan",
+    "Shape",
+    "activation_bytes",
+    "estimate_memory",
+    "memory_of_run",
+    "plan_of_run",
+    "shape_of_model",
+]
 
 FLOAT, HALF = 4, 2
-
-
-@dataclass(frozen=True)
-class GPU:
-    """A kind of GPU, from its vendor's data sheet.
-
-    Attributes:
-        memory: bytes.
-        peak: dense matrix operations a second, bfloat16 with float32 accumulation.
-        link: bytes a second to others of its node, one way.
-    """
-
-    memory: float
-    peak: float
-    link: float
-
-
-GPUS = {
-    "h200": GPU(141e9, 989e12, 450e9),
-    "h100": GPU(80e9, 989e12, 450e9),
-    "a100": GPU(80e9, 312e12, 300e9),
-    "a100-40gb": GPU(40e9, 312e12, 300e9),
-    "l40s": GPU(48e9, 362e12, 32e9),
-}
-"""SXM variants; ``l40s`` has PCIe 4.0 alone."""
+CHUNK_LOGITS = {False: 1 << 22, True: 1 << 27}
+"""Logits that the distillation losses make at a time, on a CPU and on a GPU, but of no fewer tokens than these:"""
+CHUNK_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -58,9 +54,14 @@ class Shape:
         return self.hidden * (2 * queries + 2 * keys + 3 * self.intermediate + 2)
 
     @property
+    def matrix(self) -> int:
+        """Parameters of the embedding, and of the head."""
+        return self.vocabulary * self.hidden
+
+    @property
     def outside(self) -> int:
         """Parameters that are in no layer: embedding, head where it is another matrix, last norm."""
-        return self.vocabulary * self.hidden * (1 if self.tied else 2) + self.hidden
+        return self.matrix * (1 if self.tied else 2) + self.hidden
 
     @property
     def parameters(self) -> int:
@@ -71,28 +72,30 @@ class Shape:
 
         PaLM (arXiv 2204.02311, appendix B); an embedding multiplies only where it is the head too.
         """
-        multiplying = self.parameters - (0 if self.tied else self.vocabulary * self.hidden)
+        multiplying = self.parameters - (0 if self.tied else self.matrix)
         return 6 * multiplying + 12 * self.layers * self.heads * self.head_size * length
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on GPUs.
+    """A run on GPUs; :func:`plan_of_run` makes it of a config.
 
     Attributes:
         length: tokens of a row.
         rows: of a micro-batch on each rank.
         batch: rows of a global batch.
         half: whether matrices multiply in half precision (``amp_bf16``); parameters stay float32 in any case.
-        replicate, shard, tensor, stages: sizes of the layout, see :mod:`cheapertraining.distributed.parallelism`.
+        replicate, shard, tensor, stages: sizes of the layout, see :mod:`cheapertraining.distributed.layout`.
         schedule: of the pipeline.
         stages_per_rank: of the interleaved schedule.
         flash: attention that needs no mask for packed documents (flash_attention_2).
         checkpointing: only inputs of layers are kept for the backward pass.
         gathered_whole: FSDP2 keeps gathered layers till their backward pass (``reshard_after_forward: false``).
+        mixed: ``mixed_precision`` of FSDP.
+        offloaded: shards, gradients and optimizer state are in host memory (``cpu_offload``).
         chunk: tokens whose logits exist at a time; None is all of a micro-batch.
-        teacher: parameters of a live teacher, 0 for none.
-        teacher_sharded: whether it is cut as the student is.
+        teacher: bytes of a live teacher's weights.
+        live: whether a teacher's logits are made beside the student's.
         ranks_per_node: GPUs in a node.
     """
 
@@ -109,9 +112,11 @@ class Plan:
     flash: bool = True
     checkpointing: bool = False
     gathered_whole: bool = False
+    mixed: Literal["DEFAULT", "PURE", "FULL"] = "DEFAULT"
+    offloaded: bool = False
     chunk: int | None = None
-    teacher: int = 0
-    teacher_sharded: bool = False
+    teacher: float = 0.0
+    live: bool = False
     ranks_per_node: int = 8
 
     @property
@@ -121,18 +126,23 @@ class Plan:
     @property
     def microbatches(self) -> int:
         """Of a step on each rank."""
-        return max(1, self.batch // (self.replicate * self.shard * self.rows))
+        return max(1, -(-self.batch // (self.replicate * self.shard * self.rows)))
+
+    @property
+    def element(self) -> int:
+        """Bytes of a number that matrices multiply."""
+        return HALF if self.half else FLOAT
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest GPU at the fullest moment.
+    """Bytes on the fullest rank at the fullest moment.
 
     Attributes:
         parameters, gradients, optimizer: float32; two moments of AdamW.
         gathered: whole layers of FSDP2 and their gradients before they are cut; half-precision copies of autocast;
             DDP's buckets.
-        activations: kept for the backward pass, over all micro-batches under way.
+        activations: kept for the backward pass, of a micro-batch, under a pipeline of all that are under way.
         logits: with their log-softmax and their gradient.
         teacher: its weights and logits.
     """
@@ -150,24 +160,138 @@ class Memory:
         return sum(float(getattr(self, field.name)) for field in fields(self))
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Of the whole job.
+# ---- from a run --------------------------------------------------------------------------------------------
+def memory_of_run(
+    config: RunConfig, shape: Shape, world_size: int, *, on_gpu: bool, teacher: Shape | None = None
+) -> Memory:
+    """What each part of a run takes of its fullest rank, in bytes; nothing is read or built.
 
-    Attributes:
-        tokens_per_second: expected.
-        mfu: model FLOP utilization that it comes to, after bubbles, recomputation and communication.
-        compute, communication: seconds of a step; the larger counts, since they overlap.
-        bubble: share of a step that pipeline ranks idle.
+    Left out are what mixing strategies and influence scores measure on the side, and what the allocator, cuBLAS and
+    NCCL have for themselves.
+
+    Args:
+        config: of the run.
+        shape: of its model, see :func:`shape_of_model`.
+        world_size: processes that train it.
+        on_gpu: whether on CUDA, which decides what ``precision``, ``attention`` and the teacher's ``auto`` are.
+        teacher: of a live teacher that is another model; without it that is left out.
+
+    Raises:
+        UserError: the layout does not fit ``world_size``, or the batch cannot be divided.
     """
-
-    tokens_per_second: float
-    mfu: float
-    compute: float
-    communication: float
-    bubble: float
+    return estimate_memory(shape, plan_of_run(config, shape, world_size, on_gpu=on_gpu, teacher=teacher))
 
 
+def plan_of_run(
+    config: RunConfig, shape: Shape, world_size: int, *, on_gpu: bool, teacher: Shape | None = None
+) -> Plan:
+    """What a run's layout and batch come to; arguments and errors are those of :func:`memory_of_run`.
+
+    Micro-batches of ``auto`` size are those that are tried first: all rows of a rank.
+    """
+    parts = config.parallelism
+    layout = plan_layout(parts, world_size)
+    size, rows = config.train_loader.global_batch_size, config.train_loader.device_microbatch_size
+    if size % layout.data:
+        below = size - size % layout.data
+        raise UserError(
+            f"train_loader.global_batch_size: expected a multiple of the ranks that read samples of their own "
+            f"({layout.data}), found {size}. Use {f'{below} or ' if below else ''}{below + layout.data}."
+        )
+    each = size // layout.data if rows == "auto" else min(rows, size // layout.data)
+    half = on_gpu if config.precision == "auto" else config.precision != "fp32"
+    attention = config.model.attention
+    sharding = parts.fsdp2 or parts.fsdp
+    if layout.engine == "pipeline":
+        plan_stages(shape.layers, layout.stages, 1 if parts.pp is None else parts.pp.stages)
+    plan = Plan(
+        length=config.data.seq_len,
+        rows=each,
+        batch=size,
+        half=half,
+        flash=attention == "flash_attention_2" or (attention == "auto" and half and on_gpu),
+        replicate=layout.replicate,
+        shard=layout.shard,
+        tensor=layout.tensor,
+        stages=layout.stages,
+        schedule="1f1b" if parts.pp is None else parts.pp.schedule,
+        stages_per_rank=1 if parts.pp is None else parts.pp.stages,
+        checkpointing=parts.activation_checkpointing,
+        gathered_whole=parts.fsdp2 is not None and not parts.fsdp2.reshard_after_forward,
+        mixed="DEFAULT" if sharding is None else sharding.mixed_precision,
+        offloaded=sharding is not None and sharding.cpu_offload,
+    )
+    return _with_distillation(plan, config, shape, teacher, on_gpu)
+
+
+def _with_distillation(plan: Plan, config: RunConfig, shape: Shape, teacher: Shape | None, on_gpu: bool) -> Plan:
+    settings = config.algorithms.distillation
+    if settings is None:
+        return plan
+    from dataclasses import replace
+
+    chunk = max(CHUNK_TOKENS, CHUNK_LOGITS[on_gpu] // shape.vocabulary)
+    live = settings.cache is None
+    weights = 0.0
+    if live and settings.teacher.kind == "average":
+        weights = float(shape.parameters * FLOAT / (plan.shard * plan.tensor))
+    elif live and settings.teacher.kind == "model" and teacher is not None:
+        weights = _teacher_bytes(teacher, settings.teacher, plan, on_gpu)
+    return replace(plan, chunk=chunk, teacher=weights, live=live)
+
+
+def _teacher_bytes(shape: Shape, who: TeacherConfig, plan: Plan, on_gpu: bool) -> float:
+    """Weights of a teacher on a rank: whole, in shards, or in host memory, from where a layer comes at a time."""
+    half = on_gpu if who.dtype is None else who.dtype != "float32"
+    outside = shape.outside * (HALF if half else FLOAT)
+    each = {None: HALF if half else FLOAT, "8bit": 1.0, "4bit": 0.5}[who.quantization] * shape.block
+    where = who.placement if who.placement != "auto" else "sharded" if plan.shard > 1 else "replicated"
+    if where == "replicated":
+        return shape.layers * each + outside
+    if where == "offloaded":
+        return each + outside
+    return (shape.layers * each + outside) / plan.shard + min(2, shape.layers) * each + outside
+
+
+def shape_of_model(model: ModelConfig, vocabulary: int | None = None) -> Shape:
+    """Sizes from a run's ``model`` section, or from the config.json of the Hugging Face folder that it names.
+
+    Args:
+        model: the section.
+        vocabulary: the tokenizer's, where the section gives none.
+
+    Raises:
+        UserError: there is no such folder, it lacks a size, or the vocabulary is not known.
+    """
+    if model.name_or_path is None:
+        size = model.vocab_size or vocabulary
+        if size is None:
+            raise UserError("model.vocab_size: expected a number, found null. Set it, e.g. model.vocab_size=32000.")
+        head = model.hidden_size // model.num_heads
+        sizes = (size, model.hidden_size, model.intermediate_size, model.num_layers, model.num_heads)
+        return Shape(*sizes, model.num_kv_heads, head, model.tie_embeddings)
+    file = Path(model.name_or_path) / "config.json"
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        heads = found["num_attention_heads"]
+        return Shape(
+            found["vocab_size"],
+            found["hidden_size"],
+            found["intermediate_size"],
+            found["num_hidden_layers"],
+            heads,
+            found.get("num_key_value_heads") or heads,
+            found.get("head_dim") or found["hidden_size"] // heads,
+            bool(found.get("tie_word_embeddings")),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{file}: expected the sizes of a Llama-like model, found none ({error}). Name such a folder, or set "
+            "model.name_or_path=null and the sizes."
+        ) from error
+
+
+# ---- formulas ----------------------------------------------------------------------------------------------
 def estimate_memory(shape: Shape, plan: Plan) -> Memory:
     """Memory of the fullest GPU: under a pipeline one at its ends, which have embedding or head besides layers."""
     layers, outside = shape.layers / plan.stages, _outside(shape, plan)
@@ -182,8 +306,7 @@ def estimate_memory(shape: Shape, plan: Plan) -> Memory:
         gathered = held * (HALF if plan.half else 0) + (held * FLOAT if plan.replicate > 1 else 0)
     tokens = plan.rows * plan.length
     logits = (tokens if plan.chunk is None else min(plan.chunk, tokens)) * shape.vocabulary * 3 * FLOAT / plan.tensor
-    share = plan.shard if plan.teacher_sharded else 1
-    teacher = plan.teacher * gather / share + (logits * 2 / 3 if plan.teacher else 0.0)
+    teacher = plan.teacher + (logits * 2 / 3 if plan.live else 0.0)
     return Memory(
         parameters=held * FLOAT,
         gradients=held * FLOAT,
@@ -214,31 +337,6 @@ def activation_bytes(shape: Shape, half: bool, mask: int = 0) -> int:
     return norms + element * (5 * width + 4 * shape.intermediate + mask) + small
 
 
-def estimate_speed(
-    shape: Shape, plan: Plan, gpu: GPU, *, mfu: float = 0.35, network: float = 50e9, nodes_apart: bool | None = None
-) -> Speed:
-    """Time of a step: arithmetic at a utilization, bubbles, recomputation; or what must go over the wire, if more.
-
-    Args:
-        shape, plan, gpu: of the run.
-        mfu: share of the peak that arithmetic reaches on a GPU by itself; 0.35 is what published runs of 8B have.
-        network: bytes a second and GPU between nodes, one way.
-        nodes_apart: whether shards are exchanged between nodes; None: where there are more of them than in a node.
-    """
-    tokens = plan.batch * plan.length
-    work = tokens * shape.flops_per_token(plan.length)
-    again = 4 / 3 if plan.checkpointing else 1.0  # the forward pass of the layers once more
-    # Ranks wait p - 1 micro-batches for the first, divided by the stages of each (arXiv 2104.04473, section 2.2).
-    waiting = (plan.stages - 1) / (plan.microbatches * plan.stages_per_rank)
-    compute = work * again * (1 + waiting) / (plan.ranks * gpu.peak * mfu)
-    apart = plan.shard * plan.tensor > plan.ranks_per_node if nodes_apart is None else nodes_apart
-    communication = _communication(shape, plan, gpu.link, network, network if apart else gpu.link)
-    seconds = max(compute, communication)
-    return Speed(
-        tokens / seconds, work / (seconds * plan.ranks * gpu.peak), compute, communication, waiting / (1 + waiting)
-    )
-
-
 def _outside(shape: Shape, plan: Plan) -> float:
     """Parameters beside the layers on the fullest rank."""
     return shape.outside if plan.stages == 1 else shape.vocabulary * shape.hidden + shape.hidden
@@ -254,26 +352,3 @@ def _activations(shape: Shape, plan: Plan, layers: float, tokens: int) -> float:
         every = plan.microbatches
         under_way = every if plan.schedule == "gpipe" else min(every, plan.stages + plan.stages_per_rank - 1)
     return tokens * (kept + ends) * under_way / plan.tensor
-
-
-def _communication(shape: Shape, plan: Plan, inside: float, between: float, shards: float) -> float:
-    """Seconds that a step's transfers take: parameters and gradients between data parallel ranks, states between layers
-    of tensor parallel ones; what a pipeline sends is negligible beside them."""
-    held = shape.parameters / (plan.tensor * plan.stages)
-    gather = HALF if plan.half else FLOAT
-    seconds = 0.0
-    if plan.shard > 1:
-        ring = (plan.shard - 1) / plan.shard
-        passes = 1 if plan.gathered_whole else 2
-        seconds += held * ring * (passes * gather + FLOAT) * plan.microbatches / shards
-    if plan.replicate > 1:
-        ring = 2 * (plan.replicate - 1) / plan.replicate
-        together = plan.replicate * plan.shard * plan.tensor <= plan.ranks_per_node
-        seconds += held / plan.shard * ring * FLOAT / (inside if together else between)
-    if plan.tensor > 1:
-        # Four all-gathers and four reduce-scatters a layer and step (arXiv 2205.05198), of hidden states.
-        tokens = plan.batch * plan.length / (plan.replicate * plan.shard)
-        ring = (plan.tensor - 1) / plan.tensor
-        link = inside if plan.tensor <= plan.ranks_per_node else between
-        seconds += 8 * shape.layers / plan.stages * tokens * shape.hidden * gather * ring / link
-    return seconds

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from cheapertraining.config import ModelConfig, load_run_config
-from cheapertraining.distributed.estimate import GPUS, Plan, Shape, activation_bytes, estimate_memory, estimate_speed
+from cheapertraining.distributed.estimate import (
+    Plan,
+    Shape,
+    activation_bytes,
+    estimate_memory,
+    memory_of_run,
+    shape_of_model,
+)
 from cheapertraining.distributed.fsdp2 import checkpoint_blocks
+from cheapertraining.distributed.throughput import GPUS, estimate_speed
+from cheapertraining.errors import UserError
 from cheapertraining.models import CausalLM, build_causal_lm
-from tools.estimate import main, read_shape
+from tools.estimate import main
 
 SMALL = ModelConfig(
     vocab_size=97, hidden_size=64, intermediate_size=176, num_layers=3, num_heads=4, num_kv_heads=2,
@@ -62,12 +74,12 @@ def test_parameters_gradients_and_moments_are_exact(tied: bool) -> None:
     model.loss(model(given), given).backward()
     optimizer = torch.optim.AdamW(model.parameters())
     optimizer.step()
-    memory = estimate_memory(read_shape(config), PLAN)
+    memory = estimate_memory(shape_of_model(config), PLAN)
     assert memory.parameters == sum(p.numel() * p.element_size() for p in model.parameters())
     assert memory.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     assert memory.optimizer == sum(moment.nbytes for moment in moments)
-    assert read_shape(config).flops_per_token(LENGTH) * ROWS * LENGTH == pytest.approx(
+    assert shape_of_model(config).flops_per_token(LENGTH) * ROWS * LENGTH == pytest.approx(
         model.flops_per_batch(given), rel=1e-9
     )
 
@@ -76,7 +88,7 @@ def test_parameters_gradients_and_moments_are_exact(tied: bool) -> None:
 @pytest.mark.parametrize("layers", [2, 5])
 def test_activations_are_what_autograd_keeps(layers: int, half: bool) -> None:
     config = replace(SMALL, num_layers=layers)
-    memory = estimate_memory(read_shape(config), replace(PLAN, half=half))
+    memory = estimate_memory(shape_of_model(config), replace(PLAN, half=half))
     assert memory.activations == pytest.approx(kept_bytes(build_causal_lm(config, 97), half), rel=0.01)
 
 
@@ -84,7 +96,7 @@ def test_checkpointed_layers_keep_their_inputs() -> None:
     config = replace(SMALL, num_layers=5)
     model = build_causal_lm(config, 97)
     checkpoint_blocks(model.model, model.blocks)
-    shape = read_shape(config)
+    shape = shape_of_model(config)
     memory = estimate_memory(shape, replace(PLAN, checkpointing=True))
     again = activation_bytes(shape, False, LENGTH) * ROWS * LENGTH  # of the layer that runs once more
     # What all layers share is given to each: positions, and the mask, which is not counted for each.
@@ -99,8 +111,8 @@ def test_presets_have_as_many_parameters_as_their_models(name: str, vocabulary: 
     config = load_run_config("mixed_pretrain", given).model
     with torch.device("meta"):
         model = build_causal_lm(config, vocabulary)
-    assert read_shape(config).parameters == sum(p.numel() for p in model.parameters())
-    assert read_shape(config).parameters / 1e9 == pytest.approx(billions, rel=0.01)
+    assert shape_of_model(config).parameters == sum(p.numel() for p in model.parameters())
+    assert shape_of_model(config).parameters / 1e9 == pytest.approx(billions, rel=0.01)
 
 
 def test_llama_70b_is_69_billion() -> None:
@@ -135,4 +147,18 @@ def test_the_tool_reads_models_and_runs(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["llama_7b", "model.vocab_size=32000", "data.seq_len=4096", *given]) == 0
     assert "6.74G parameters on 8 GPUs: replicate 1, shard 8" in capsys.readouterr().out
     assert main(["mixed_pretrain", *given]) == 2
-    assert "model.vocab_size: needs a number here" in capsys.readouterr().err
+    assert "model.vocab_size: expected a number" in capsys.readouterr().err
+
+
+def test_a_run_needs_no_more_than_its_config(tiny_run: Path) -> None:
+    """What start-up prints: without torch, from the config, the model's sizes and the number of processes."""
+    config = load_run_config(tiny_run, ["model.vocab_size=97"])
+    shape = shape_of_model(config.model)
+    whole = memory_of_run(config, shape, 1, on_gpu=False)
+    assert whole.parameters == whole.gradients == whole.optimizer / 2 == 4 * shape.parameters
+    cut = load_run_config(tiny_run, ["model.vocab_size=97", "compose.distributed=fsdp2"])
+    assert memory_of_run(cut, shape, 2, on_gpu=False).parameters == whole.parameters / 2
+    code = "import sys, cheapertraining.distributed.estimate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    with pytest.raises(UserError, match=r"train_loader.global_batch_size: expected a multiple .*\(7\)"):
+        memory_of_run(config, shape, 7, on_gpu=False)
