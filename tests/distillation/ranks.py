@@ -21,7 +21,8 @@ from cheapertraining.distillation.teacher import TeacherWrapper
 from cheapertraining.distributed.gloo import mend_fsdp2_on_gloo
 from cheapertraining.influence import SourceEstimator
 from cheapertraining.mixing import Constraints, InfluenceStrategy, MixtureController, OnlineMixing
-from tests.distillation.tiny import RaggedMasks, fit, logged, trainer_of
+from tests.distillation.tiny import fit, logged, trainer_of
+from tools.bench._layouts import RaggedMasks
 
 BATCHES, DECIDE_EVERY, SAVED = 24, 10, 14
 

@@ -30,8 +30,9 @@ from cheapertraining.errors import UserError
 from cheapertraining.models import build_causal_lm
 from cheapertraining.training import train
 from tests.distillation.ranks import live
-from tests.distillation.tiny import SOURCES, RaggedMasks, fit, logged, save_teacher, trainer_of, write_cache
+from tests.distillation.tiny import SOURCES, fit, logged, save_teacher, trainer_of, write_cache
 from tests.observe.tiny_trainer import GLOBAL_BATCH, MODEL, tiny_loader
+from tools.bench._layouts import RaggedMasks
 
 Make = Callable[[MixtureLoader], Any]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from composer import Trainer
-from composer.core import Algorithm, Callback, DataSpec, Event, State
-from composer.loggers import InMemoryLogger, Logger, LoggerDestination
+from composer.core import Algorithm, Callback, DataSpec
+from composer.loggers import InMemoryLogger, LoggerDestination
 
 from cheapertraining.builders import count_tokens
 from cheapertraining.config import ModelConfig
@@ -42,19 +42,6 @@ def write_cache(sample: Path, teacher: Path, out: Path, **options: Any) -> Cache
     """The teacher's targets for the train splits."""
     shards = [sample / source / "train" for source in SOURCES]
     return cache_teacher(CacheJob(teacher, shards, out, **options), progress=False)
-
-
-class RaggedMasks(Algorithm):
-    """Takes labels away, from 0 to all but one of a row, by sample: what a loss mask of conversations does."""
-
-    def match(self, event: Event, state: State) -> bool:
-        return event == Event.AFTER_DATALOADER
-
-    def apply(self, event: Event, state: State, logger: Logger) -> None:
-        batch = state.batch
-        kept = (batch["sample_id"] * 7 + batch["source"] * 3) % 31
-        column = torch.arange(batch["labels"].shape[1], device=kept.device)
-        batch["labels"] = batch["labels"].masked_fill(column[None, :] > kept[:, None] + 1, -100)
 
 
 def trainer_of(

@@ -15,20 +15,31 @@ from unittest.mock import patch
 
 import torch
 import torch.multiprocessing as mp
+from composer.core import Algorithm, Event, State
+from composer.loggers import Logger
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from cheapertraining.config import OptimizerConfig, RunConfig, load_run_config
+from cheapertraining.data.collate import IGNORED
+from cheapertraining.distributed.pipeline_state import gather_stages
+from cheapertraining.models.stages import PipelinedLM
 
 __all__ = [
-    "LAYOUTS",
-    "OBJECTIVES",
+    "ENGINES",
+    "FOUR_LAYERS",
     "OPTIMIZERS",
-    "VARIANTS",
+    "PIPELINES",
+    "RAGGED",
+    "SOURCES",
+    "VOCABULARY",
     "Outcome",
+    "RaggedMasks",
     "config_of",
     "difference",
     "losses_of",
+    "name_of",
+    "outcome_of",
     "quiet",
     "resume_from",
     "run_once",
@@ -38,24 +49,48 @@ __all__ = [
 
 LATEST = "latest-rank0.pt"
 
-LAYOUTS: dict[int, list[str]] = {
+SOURCES = ("code", "docs", "topics")
+VOCABULARY = 512
+
+ENGINES: dict[int, list[str]] = {
     1: ["single"],
     2: ["ddp", "fsdp", "fsdp2", "hsdp", "tp"],
     4: ["ddp", "fsdp", "fsdp2", "hsdp", "tp", "fsdp2_tp"],
 }
-"""Names in ``yamls/distributed`` by the number of processes that they are tried on."""
+"""Names in ``yamls/distributed`` by the number of processes that they are tried on, but for the pipeline."""
 
-VARIANTS: dict[str, tuple[str, list[str]]] = {
-    "fsdp2, gathered once": ("fsdp2", ["parallelism.fsdp2.reshard_after_forward=false"]),
-    "fsdp2, activations again": ("fsdp2", ["parallelism.activation_checkpointing=true"]),
-    "fsdp2, on the host": ("fsdp2", ["parallelism.fsdp2.cpu_offload=true"]),
-    "fsdp2, compiled": ("fsdp2", ["parallelism.compile_blocks=true"]),
-    "tp, activations again": ("tp", ["parallelism.activation_checkpointing=true"]),
+PIPELINES: dict[int, dict[str, list[str]]] = {
+    1: {},
+    2: {
+        "gpipe": ["parallelism.pp.schedule=gpipe"],
+        "1f1b": [],
+        "interleaved": ["parallelism.pp.schedule=interleaved"],
+    },
+    4: {"1f1b": []},
 }
-"""Options, each under one layout on two processes."""
+"""Schedules by the number of processes, as overrides."""
 
-OBJECTIVES: dict[str, list[str]] = {"cross_entropy": []}
-"""What a run trains for, as overrides; one more objective is one more entry."""
+FOUR_LAYERS: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_layers": 4, "num_heads": 4, "num_kv_heads": 4,
+    "max_position_embeddings": 32, "init_std": 0.1,
+}  # fmt: skip
+"""A model that four stages, and four ranks of tensor parallelism, can share."""
+
+
+class RaggedMasks(Algorithm):
+    """Takes labels away, from 0 to all but one of a row, by sample: what a loss mask of conversations does."""
+
+    def match(self, event: Event, state: State) -> bool:
+        return event == Event.AFTER_DATALOADER
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        batch = state.batch
+        kept = (batch["sample_id"] * 7 + batch["source"] * 3) % 31
+        column = torch.arange(batch["labels"].shape[1], device=kept.device)
+        batch["labels"] = batch["labels"].masked_fill(column[None, :] > kept[:, None] + 1, IGNORED)
+
+
+RAGGED = (RaggedMasks,)
 
 
 def _sgd(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -123,19 +158,38 @@ def tiny_yaml(path: Path, data: Path, **changes: Any) -> Path:
     return path
 
 
-def run_once(config: RunConfig, optimizer: str = "adamw") -> Outcome:
-    """Train in this process and its group, through the front door."""
+def run_once(
+    config: RunConfig, optimizer: str = "adamw", algorithms: Sequence[Callable[[], Algorithm]] = ()
+) -> Outcome:
+    """Train in this process and its group, through the front door, with further algorithms before the config's."""
     from cheapertraining.training import run as training
 
-    own = OPTIMIZERS[optimizer]
+    own, build_algorithms = OPTIMIZERS[optimizer], training.build_algorithms
+
+    def with_more(*arguments: Any) -> list[Algorithm]:
+        return [*(make() for make in algorithms), *build_algorithms(*arguments)]
+
     replaced = contextlib.nullcontext() if own is None else patch.object(training, "build_optimizer", own)
-    with replaced, quiet():
+    with replaced, patch.object(training, "build_algorithms", with_more), quiet():
         trainer = training.train(config)
-    weights = get_model_state_dict(
-        trainer.state.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
+    model = trainer.state.model
+    if isinstance(model, PipelinedLM):
+        weights, _ = gather_stages(model, trainer.state.optimizers[0], model.duplicates)
+    else:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(model, options=options)
     folder = Path(config.save_folder) / str(config.run_name)
     return Outcome(losses_of(folder), {name: weight.clone() for name, weight in weights.items()})
+
+
+def outcome_of(file: Path) -> Outcome:
+    """What a rank has written of a run."""
+    return Outcome(**torch.load(file, weights_only=True))
+
+
+def name_of(layout: str, world: int) -> str:
+    """A layout on a number of processes, in a word."""
+    return layout if world == 1 else f"{layout} x{world}"
 
 
 def losses_of(folder: Path) -> list[float]:
