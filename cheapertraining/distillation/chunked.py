@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cheapertraining.data.collate import IGNORED
@@ -38,6 +39,8 @@ from cheapertraining.distillation.targets import (
     Targets,
     TopKTargets,
 )
+from cheapertraining.distillation.vocabulary_parallel import WHOLE, VocabularyPart
+from cheapertraining.errors import UserError
 
 __all__ = ["chunked_distillation_loss"]
 
@@ -62,6 +65,7 @@ def chunked_distillation_loss(
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
     statistics: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> DistillationLoss:
     """:func:`~cheapertraining.distillation.losses.distillation_loss` from hidden states.
 
@@ -77,6 +81,9 @@ def chunked_distillation_loss(
         labels: int64 ``[B, S]``, unshifted, -100 where no loss counts.
         chunk_tokens: positions at a time; default: by vocabulary and device.
         statistics: return :class:`~cheapertraining.distillation.losses.Statistics` as well.
+        group: ranks that each hold an equal part of the vocabulary, in their order, and call this together: ``head``,
+            and a teacher's head or logits, are then the rank's part, all else is the same on each. So is what is
+            returned; the gradient is that of the rank's part, for ``hidden`` what it adds. No ``vocab_size`` then.
 
     Others are as in `distillation_loss`.
 
@@ -85,14 +92,22 @@ def chunked_distillation_loss(
     """
     check_settings(targets, temperature, alpha)
     known = targets.vocabulary if isinstance(targets, DenseTargets | HiddenTargets) else None
+    if group is not None and vocab_size is not None:
+        raise UserError(
+            f"vocab_size: expected none where ranks hold a part of the vocabulary each, found {vocab_size}: leave out "
+            "columns of padding before it is divided"
+        )
     size = common_vocabulary(head.vocabulary, known, vocab_size)
     head = head.truncated(size)
-    if targets is None and not statistics and chunk_tokens is None and fits(hidden, head):
+    vocabulary = WHOLE if group is None else VocabularyPart(group, size)
+    alone = targets is None and not statistics and chunk_tokens is None and group is None
+    if alone and fits(hidden, head):
         return fused_cross_entropy(hidden, head, labels, normalizer)
     inputs = [hidden, head.weight, head.bias]
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        run = _Run(hidden, head, targets, labels, Objective(divergence, temperature, any(wanted)), size)
+        objective = Objective(divergence, temperature, any(wanted), vocabulary)
+        run = _Run(hidden, head, targets, labels, objective, size)
         run.weigh(0.0 if targets is None else alpha, normalizer, token_weights)
         run.go(chunk_tokens or max(CHUNK_TOKENS, _budget(CHUNK, hidden) // size), wanted, statistics)
         loss = run.loss()
@@ -184,9 +199,9 @@ class _Run:
             return None
         found = self.targets.rows(self.index)
         if isinstance(found, TopKTargets):
-            check_top_k(found, self.size, self.objective.divergence)
+            check_top_k(found, self.size * self.objective.vocabulary.ranks, self.objective.divergence)
         else:
-            check_sampled(found, self.size, self.objective.divergence)
+            check_sampled(found, self.size * self.objective.vocabulary.ranks, self.objective.divergence)
         return found
 
     def _live(self, index: Tensor, buffer: Tensor | None) -> DenseTargets | None:
@@ -198,13 +213,15 @@ class _Run:
         return None
 
     def _blocks(self, logits: Tensor, targets: RowTargets | None, rows: slice, statistics: bool) -> None:
-        following, share = self.following[rows], self.share[rows]
-        for block in _slices(len(logits), max(1, _budget(BLOCK, logits) // self.size)):
+        following, share, vocabulary = self.following[rows], self.share[rows], self.objective.vocabulary
+        # Ranks that share a vocabulary wait for one another in each block: few of them, then.
+        budget = _budget(BLOCK if vocabulary.ranks == 1 else CHUNK, logits)
+        for block in _slices(len(logits), max(1, budget // self.size)):
             mine = None if targets is None else targets.part(block)
             if isinstance(mine, DenseTargets):
-                refuse_not_finite(mine.logits.amax(dim=-1))
+                refuse_not_finite(vocabulary.largest(mine.logits))
             if statistics:
-                self.sums.others.append(block_statistics(logits[block], mine))
+                self.sums.others.append(block_statistics(logits[block], mine, vocabulary))
             cross_entropy, divergence = block_loss(
                 logits[block], mine, following[block], self.cross, share[block], self.objective
             )

@@ -42,6 +42,11 @@ class OutputHead:
         bias = None if self.bias is None else self.bias[:vocabulary]
         return replace(self, weight=self.weight[:vocabulary], bias=bias)
 
+    def part(self, number: int, parts: int) -> OutputHead:
+        """The head of the ``number``-th of equal parts of the vocabulary, as views."""
+        bias = None if self.bias is None else self.bias.chunk(parts)[number]
+        return replace(self, weight=self.weight.chunk(parts)[number], bias=bias)
+
     def to(self, dtype: torch.dtype) -> OutputHead:
         """The same in another dtype."""
         return replace(self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))

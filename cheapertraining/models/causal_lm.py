@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from composer.models import ComposerModel
 from torch import Tensor, nn
+from torch.distributed.tensor import Partial, Replicate
 from torchmetrics import Metric
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
@@ -32,6 +33,8 @@ from cheapertraining.errors import UserError, nearest
 from cheapertraining.influence.losses import token_losses
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from cheapertraining.config import ModelConfig
 
 __all__ = [
@@ -85,8 +88,10 @@ class HeadInputs(NamedTuple):
     Attributes:
         hidden: ``[B, S, H]``, what the head multiplies (after the last norm).
         layers: ``[B, S, H]`` each, the embeddings and what each decoder layer gives; empty unless asked for.
-        weight: ``[V, H]``; whole where parameters are sharded, until they are sharded again.
-        bias: ``[V]`` or None.
+        weight: ``[V, H]``; whole where parameters are sharded, until they are sharded again. Under tensor parallelism
+            this rank's rows ``[V / n, H]``: the gradient of ``hidden`` is then what they add to it, to be summed over
+            the ranks by backward.
+        bias: ``[V]`` (``[V / n]``) or None.
         logit_scale: a factor.
         soft_cap: ``cap(z) = soft_cap * tanh(z / soft_cap)``; None: no cap.
     """
@@ -140,6 +145,8 @@ class CausalLM(ComposerModel):
         and `loss` is the objective's."""
         self.vocabulary_group: dist.ProcessGroup | None = None
         """The ranks that each hold a part of the logits' vocabulary, under tensor parallelism."""
+        self.mesh: DeviceMesh | None = None
+        """All dimensions of the mesh that it was spread over, where ours did that."""
         self._flops = _FlopCount(model)
         for layer in _decoder_layers(model):
             layer._fsdp_wrap = True  # type: ignore[assignment]  # Composer shards it as one unit
@@ -159,11 +166,12 @@ class CausalLM(ComposerModel):
 
         Args:
             batch: As for `forward`.
-            layers: Whether to return the states of all layers.
+            layers: Whether to return the states of all layers; not under tensor parallelism, which cuts them.
 
         Raises:
             UserError: As `forward`.
         """
+        assert not (layers and self.vocabulary_group is not None)
         options: dict[str, Any] = {"logits_to_keep": 1} if _takes(self.model, "logits_to_keep") else {}
         arguments = (self.model, *self._inputs(batch), self.isolation)
         if layers or torch.is_grad_enabled():
@@ -172,7 +180,10 @@ class CausalLM(ComposerModel):
             hidden, kept = states[-1], tuple(states) if layers else ()
         else:
             hidden, kept = _last_hidden(*arguments, **options), ()
-        return HeadInputs(hidden, kept, *_head_of(self.model))
+        weight, bias, scale, cap = _head_of(self.model)
+        if self.vocabulary_group is not None:
+            hidden, weight, bias = _beside_the_part(hidden), _part(weight), None if bias is None else _part(bias)
+        return HeadInputs(hidden, kept, weight, bias, scale, cap)
 
     def _inputs(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Token ids and positions of a batch, ``[B, S]`` each."""
@@ -447,6 +458,19 @@ def _head_of(model: PreTrainedModel) -> tuple[Tensor, Tensor | None, float, floa
     return head.weight, getattr(head, "bias", None), scale, None if cap is None else float(cap)
 
 
+def _beside_the_part(hidden: Any) -> Tensor:
+    """States that are cut along the sequence, whole on each rank, of whose gradient each rank finds a summand."""
+    whole = hidden.redistribute(placements=[Replicate()])
+    found: Tensor = whole.to_local(grad_placements=[Partial()])
+    return found
+
+
+def _part(parameter: Any) -> Tensor:
+    """What this rank holds of a parameter that is cut along the vocabulary."""
+    found: Tensor = parameter.to_local()
+    return found
+
+
 def _takes(model: PreTrainedModel, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
@@ -526,13 +550,14 @@ def _check_finite(model: PreTrainedModel) -> None:
 def head_mismatch(model: CausalLM) -> float:
     """Return how far the logits are from what `HeadInputs` say they are, relative to the largest, on a tiny row."""
     device = next(model.parameters()).device
-    batch = {"input_ids": torch.arange(1, 5, device=device)[None]}
+    ranks = 1 if model.vocabulary_group is None else model.vocabulary_group.size()  # which cut sequences too
+    batch = {"input_ids": torch.arange(1, 1 + 4 * ranks, device=device)[None]}
     training = model.training
     model.eval()
     with torch.no_grad():
         logits = _call(model.model, *model._inputs(batch), model.isolation).logits
         errors = []
-        for layers in (False, True):
+        for layers in (False, True) if ranks == 1 else (False,):
             hidden, _, weight, bias, scale, cap = model.head_inputs(batch, layers)
             made = scale * nn.functional.linear(hidden, weight, bias)
             made = made if cap is None else cap * torch.tanh(made / cap)

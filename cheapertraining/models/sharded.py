@@ -74,6 +74,7 @@ def spread_on_meta(
     Raises:
         UserError: the layout does not suit the model.
     """
+    model.mesh = mesh
     if settings.tp is not None:
         apply_tensor_parallel(model.model, mesh["tensor_parallel"])
         model.vocabulary_group = mesh["tensor_parallel"].get_group()
