@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import torch.distributed as dist
 from cheapertraining.builders import build_strategy
 from cheapertraining.config import RunConfig, check_batch_size, load_run_config
 from cheapertraining.data import get_loader
-from cheapertraining.data.mixing import MixtureSampler
 from cheapertraining.distributed.parallelism import Layout, build_mesh, check_together, data_rank, plan_layout
 from cheapertraining.errors import UserError
 from cheapertraining.models import build_causal_lm
@@ -117,23 +117,36 @@ def test_ranks_that_share_layers_count_as_one_in_the_global_batch() -> None:
         check_batch_size(run_config("fsdp2", "train_loader.global_batch_size=3"), 4)
 
 
-@pytest.mark.parametrize("layout", [Layout("replicas", 2), Layout("fsdp2", 2, 2), Layout("fsdp2", 1, 2, 2)])
-def test_one_pass_reads_each_sample_once(layout: Layout, tiny_sample: Path) -> None:
-    """Over the ranks that read samples of their own; those of one tensor parallel group read the same."""
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout("replicas", 2),
+        Layout("replicas", 4),
+        Layout("fsdp2", 2, 2),
+        Layout("fsdp2", 1, 1, 2),
+        Layout("fsdp2", 1, 2, 2),
+        Layout("pipeline", stages=4),
+    ],
+    ids=lambda layout: f"{layout.engine}-{layout.data}x{layout.copies}",
+)
+def test_one_pass_reads_each_sample_once(layout: Layout, workers: int, tiny_sample: Path, tmp_path: Path) -> None:
+    """Over the ranks that read samples of their own; those that share a model read the same."""
     text = (tiny_sample / "data.yaml").read_text()
-    data = tiny_sample / "one.yaml"
-    data.write_text(text.replace("    docs: {weight: 1.0}\n    topics: {weight: 1.0}\n", "  on_exhaustion: stop\n"))
+    data = tmp_path / "one.yaml"
+    one = text.replace("    docs: {weight: 1.0}\n    topics: {weight: 1.0}\n", "  on_exhaustion: stop\n")
+    assert one != text
+    data.write_text(one)
     seen: dict[int, list[int]] = {}
     for rank in range(layout.world):
-        loader = get_loader(data, batch_size=12, rank=data_rank(layout, rank), world_size=layout.data)
-        sampler = loader.sampler
-        assert isinstance(sampler, MixtureSampler)
-        seen[rank] = [int(sample) for planned in sampler.batches() for sample in planned.sample]
-        size = int(loader.mixture.plan.sizes[0])
+        mine = {"rank": data_rank(layout, rank), "world_size": layout.data}
+        with contextlib.closing(get_loader(data, batch_size=12, lag=12, num_workers=workers, **mine)) as loader:
+            seen[rank] = [int(sample) for batch in loader for sample in batch["sample_id"]]
+            size = int(loader.mixture.plan.sizes[0])
     groups = {data_rank(layout, rank): seen[rank] for rank in seen}
     assert all(seen[rank] == groups[data_rank(layout, rank)] for rank in seen)
     once = sorted(sample for samples in groups.values() for sample in samples)
-    assert len(once) == len(set(once)) == size // 12 * 12
+    assert len(once) == len(set(once)) == size // 12 * 12 > 0
 
 
 def test_seven_billion_parameters_cut_into_eight_allocate_nothing() -> None:

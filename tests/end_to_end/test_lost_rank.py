@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -66,3 +67,15 @@ def _goes_on_alone(path: Path) -> None:
     alone = start(TRAIN, str(path), "run_name=lost", "autoresume=true", last, folder=path.parent)
     assert alone.wait() == 0
     assert sorted(read_metrics(folder))[-1] == saved + 3
+
+
+def test_a_port_in_use_is_named(tiny_sample: Path, tmp_path: Path) -> None:
+    path = write_yaml(tmp_path / "run.yaml", tiny_sample / "data.yaml", algorithms={})
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0"}
+        started = start(TRAIN, str(path), folder=tmp_path, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **ranks)
+        assert started.wait(60) == 2
+    assert f"MASTER_PORT {port}: another process of this machine listens there" in started.output(name="err")
