@@ -32,9 +32,11 @@ from cheapertraining.distillation.own_teacher import AdapterOffTeacher, AverageT
 from cheapertraining.distillation.schedules import Ramp
 from cheapertraining.distillation.targets import HiddenTargets, Targets
 from cheapertraining.distillation.teacher import TeacherWrapper, check_head, head_of
+from cheapertraining.distributed.agreement import failing_together
 from cheapertraining.errors import UserError, nearest
 from cheapertraining.influence.model_access import unwrap
 from cheapertraining.models.causal_lm import CausalLM, HeadInputs
+from cheapertraining.models.stages import PipelinedLM
 
 __all__ = ["Distillation", "OnPolicy", "Placement"]
 
@@ -79,7 +81,7 @@ class Distillation(Algorithm):
 
     Args:
         teacher: a model, a cache, or what makes a teacher of the student: :class:`AdapterOffTeacher`, or
-            ``partial(AverageTeacher, decay=0.999)``.
+            ``partial(AverageTeacher, decay=0.999)``. None: the rank of a pipeline's last stage has the model.
         source_names: what the batches' ``source`` int64 ``[B]`` counts in.
         alpha: share of the divergence in the loss, in [0, 1], or its course over the run.
         temperature: of both distributions, or its course; of a cache always the one it was made at.
@@ -88,7 +90,8 @@ class Distillation(Algorithm):
         source_weights: factors of the divergence by source, 1 where none is given.
         layers: losses on hidden states and relations; for live teachers.
         on_policy: for live teachers; alpha is 1 in such batches, for what the student wrote is nothing to imitate.
-        placement: of a model: whole on each rank, sharded as the student, or in main memory; ``auto``: as the student.
+        placement: of a model: whole on each rank (of a pipeline: that of the last stage), sharded as the student, or in
+            main memory; ``auto``: as the student.
         log_interval: batches between two logs.
         chunk_tokens: see :func:`~cheapertraining.distillation.chunked.chunked_distillation_loss`.
 
@@ -98,7 +101,7 @@ class Distillation(Algorithm):
 
     def __init__(
         self,
-        teacher: Teacher,
+        teacher: Teacher | None,
         source_names: Sequence[str],
         *,
         alpha: float | Ramp = 0.9,
@@ -128,11 +131,12 @@ class Distillation(Algorithm):
         self._student: list[CausalLM] = []
         self._restored: Mapping[str, Any] = {}
         self._heard: _Heard | None = None
+        self._staged = False
         self._extra: dict[str, Tensor] = {}
         self._answering = False
         self._sums: AgreementSums | None = None
         self._weights = self._source_weights(source_weights or {})
-        self._check(teacher)
+        self._check()
 
     def __repr__(self) -> str:
         # Composer saves it; without an address it is the same on every rank and in every run.
@@ -200,12 +204,35 @@ class Distillation(Algorithm):
                 "distillation: the output head is split over ranks by tensor parallelism, which the loss does not "
                 "know. Train without parallelism.tp."
             )
-        check_head(student, "distillation: the student")
+        self._staged = isinstance(student, PipelinedLM)
+        if not self._staged:
+            check_head(student, "distillation: the student")
         self._student[:] = [student]
         device = state.device.tensor_to_device(torch.zeros(())).device
         self._weights = self._weights.to(device)
+        with failing_together():
+            self._meet_teacher(student, state, device)
+        if self.layers is not None:
+            self.layers.begin(student, self._live[0].model)
+            self.layers.load_state_dict(self._restored.get("layers", {}))
+        average = self._average()
+        if average is not None and self._restored.get("average"):
+            average.load_state_dict(self._restored["average"])
+        self._restored = {}
+
+    def _meet_teacher(self, student: CausalLM, state: State, device: torch.device) -> None:
+        """Refuse a teacher that does not fit the student; put it where it is asked."""
         vocabulary = int(student.model.config.vocab_size)
         teacher = self._given[0]
+        if isinstance(student, PipelinedLM):
+            made = not isinstance(teacher, TeacherWrapper | CachedTeacher | None)
+            if made or self.layers is not None or self.on_policy is not None:
+                raise UserError(
+                    "distillation: hidden, relations, on_policy and teachers made of the student need the whole "
+                    "student, which a pipeline spreads. Use compose.distributed=fsdp2, or leave them out."
+                )
+            if not student.has_last_stage and not isinstance(teacher, CachedTeacher):
+                return
         if isinstance(teacher, CachedTeacher):
             if teacher.vocabulary != vocabulary:
                 raise UserError(
@@ -217,15 +244,10 @@ class Distillation(Algorithm):
             if not self._live:
                 self._place(teacher, student, state, device)
                 self._live.append(teacher)
+        elif teacher is None:
+            raise UserError("distillation.teacher: expected one, found none on a rank that asks it. Give one.")
         else:
             self._live[:] = [teacher(student)]
-        if self.layers is not None:
-            self.layers.begin(student, self._live[0].model)
-            self.layers.load_state_dict(self._restored.get("layers", {}))
-        average = self._average()
-        if average is not None and self._restored.get("average"):
-            average.load_state_dict(self._restored["average"])
-        self._restored = {}
 
     def _place(self, teacher: TeacherWrapper, student: CausalLM, state: State, device: torch.device) -> None:
         mesh = getattr(next(student.parameters()), "device_mesh", None)
@@ -267,28 +289,30 @@ class Distillation(Algorithm):
 
     def _listen(self, state: State) -> None:
         """Hear the teacher about the microbatch that comes, and let the model's loss be ours."""
-        batch = state.batch
-        if self._cached is not None:
-            self._heard = _Heard(self._cached(batch), None, [])
-        else:
+        if not self._staged:  # the batch is not divided yet
             with get_precision_context(state.precision, state.precision_config):
-                inputs = self._live[0].head_inputs(batch, self.layers_needed)
-            states = [] if self.layers is None else self.layers.heard()
-            self._heard = _Heard(HiddenTargets(inputs.hidden, head_of(inputs)), inputs, states)
+                self._heard = self._hear(state.batch)
         done = self._ramp(state)
         self._now = (1.0 if self._answering else self.alpha.at(done), self._temperature_at(done))
         self._logged = (int(state.timestamp.batch) + 1) % self.log_interval == 0
         self._student[0].objective = _Objective(self)
 
+    def _hear(self, batch: Mapping[str, Any]) -> _Heard:
+        if self._cached is not None:
+            return _Heard(self._cached(batch), None, [])
+        inputs = self._live[0].head_inputs(batch, self.layers_needed)
+        states = [] if self.layers is None else self.layers.heard()
+        return _Heard(HiddenTargets(inputs.hidden, head_of(inputs)), inputs, states)
+
     def loss_of(self, inputs: HeadInputs, batch: Mapping[str, Any], outputs: MutableMapping[str, Any]) -> Tensor:
         """The loss of the microbatch at hand; what :class:`~cheapertraining.models.causal_lm.Objective` asks for."""
-        assert self._heard is not None
+        heard = self._heard or self._hear(batch)
         alpha, temperature = self._now
         source, mask = batch["source"], shifted_mask(batch["labels"])
         loss = chunked_distillation_loss(
             inputs.hidden,
             head_of(inputs),
-            self._heard.targets,
+            heard.targets,
             batch["labels"],
             divergence=self.divergence,
             temperature=temperature,
@@ -306,8 +330,8 @@ class Distillation(Algorithm):
         if self._logged and self._sums is not None:
             self._sums.add(loss, source, mask)
         total = loss.total
-        if self.layers is not None and self._heard.inputs is not None:
-            found = self.layers.losses(inputs, self._heard.inputs, self._heard.states, batch, mask)
+        if self.layers is not None and heard.inputs is not None:
+            found = self.layers.losses(inputs, heard.inputs, heard.states, batch, mask)
             for name, value in found.items():
                 self._extra[name] = value.detach()
                 total = total + value
@@ -346,7 +370,7 @@ class Distillation(Algorithm):
         self._weighted = any(weight != 1 for weight in given.values())
         return torch.tensor([float(given.get(name, 1.0)) for name in self.sources])
 
-    def _check(self, teacher: Teacher) -> None:
+    def _check(self) -> None:
         if self._cached is None:
             return
         for given, key in ((self.layers, "hidden, relations"), (self.on_policy, "on_policy")):

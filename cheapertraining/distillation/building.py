@@ -17,6 +17,8 @@ from cheapertraining.distillation.layers import HiddenMatch, LayerLosses, Relati
 from cheapertraining.distillation.own_teacher import AdapterOffTeacher, AverageTeacher
 from cheapertraining.distillation.schedules import Ramp
 from cheapertraining.distillation.teacher import TeacherWrapper
+from cheapertraining.distributed.agreement import failing_together
+from cheapertraining.influence.ranks import rank_and_world
 
 if TYPE_CHECKING:
     from composer.core import State
@@ -27,9 +29,13 @@ __all__ = ["build_distillation"]
 def build_distillation(
     config: RunConfig, settings: DistillationConfig, loader: MixtureLoader, device: Literal["cpu", "gpu"]
 ) -> Distillation:
-    """The algorithm; a cache is attached to the loader's shards."""
+    """The algorithm; a cache is attached to the loader's shards. A collective call where there are several ranks.
+
+    In a pipeline only the rank of the last stage reads a teacher's weights.
+    """
     temperature = _ramp(settings.temperature)
-    teacher = _teacher(config, settings, loader, device)
+    with failing_together():
+        teacher = _teacher(config, settings, loader, device)
     if isinstance(teacher, CachedTeacher) and settings.temperature == DistillationConfig().temperature:
         temperature = Ramp(teacher.temperature, teacher.temperature)
     layers = None
@@ -57,12 +63,14 @@ def build_distillation(
 
 def _teacher(
     config: RunConfig, settings: DistillationConfig, loader: MixtureLoader, device: Literal["cpu", "gpu"]
-) -> Teacher:
+) -> Teacher | None:
     who = settings.teacher
+    rank, ranks = rank_and_world()
+    asked_here = config.parallelism.pp is None or rank == ranks - 1  # where the last stage is
     if settings.cache is not None:
         wanted = [name for name in loader.mixture.source_names if settings.source_weights.get(name, 1.0) > 0]
         cache, fingerprint = Path(settings.cache), None
-        if who.path is not None and wanted:
+        if who.path is not None and wanted and asked_here:
             # Its weights are looked at, in the dtype of the cache, and let go of.
             number = loader.mixture.source_names.index(wanted[0])
             dtype = read_cache_meta(cache_folder(cache, loader.mixture.store.metas[number])).dtype
@@ -74,6 +82,8 @@ def _teacher(
         return AdapterOffTeacher
     if who.kind == "average":
         return partial(AverageTeacher, decay=who.decay)
+    if not asked_here:
+        return None
     assert who.path is not None  # the config was checked
     teacher = _load(who, who.path, device)
     teacher.check_context(config.data.seq_len)

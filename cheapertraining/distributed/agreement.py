@@ -1,16 +1,18 @@
-"""Ranks that were started with different yamls or packages are told apart before they hang or train nonsense."""
+"""Ranks that were started with different yamls or packages are told apart before they hang or train nonsense, and what
+one rank alone finds wrong ends all of them."""
 
 from __future__ import annotations
 
+import contextlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 
 import torch.distributed as dist
 
 from cheapertraining.errors import UserError
 
-__all__ = ["check_alike", "versions"]
+__all__ = ["check_alike", "failing_together", "versions"]
 
 
 def versions() -> dict[str, str]:
@@ -40,6 +42,28 @@ def check_alike(mine: Mapping[str, str]) -> None:
                     f"ranks differ in their {name}: rank 0 has '{here}', rank {rank} has '{there}'. Start all of them "
                     "with the same files, overrides and packages."
                 )
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Let a UserError of one rank be raised on all of them, or the others would wait for it; a collective call at the
+    end where there are several ranks.
+
+    Raises:
+        UserError: on all ranks: that of the first one that has one.
+    """
+    failure: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        failure = error
+    told: list[UserError | None] = [failure]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        told = [None] * dist.get_world_size()
+        dist.all_gather_object(told, failure)
+    first = next((each for each in told if each is not None), None)
+    if first is not None:
+        raise failure or first
 
 
 def _first_difference(one: str, other: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from cheapertraining.config import ParallelismConfig, RunConfig
+from cheapertraining.config import DistillationConfig, ParallelismConfig, RunConfig
 from cheapertraining.distributed.layout import Layout, plan_layout
 from cheapertraining.errors import UserError
 from cheapertraining.mixing.signals import GRAM, INFLUENCE, PROBE_LOSSES, REFERENCE
@@ -126,12 +126,13 @@ def _check_pipeline(config: RunConfig, layout: Layout, precision: str, needs: Co
             "whole model. Use compose.distributed=fsdp2, or a strategy that needs only training losses (odm, ado) or "
             "none (static, proportional, unimax, schedule)."
         )
-    for name in ("influence_scores", "distillation"):
-        if getattr(config.algorithms, name) is not None:
-            raise UserError(
-                f"algorithms.{name}: needs the layers and the head of a model in one place, which a pipeline spreads. "
-                "Use compose.distributed=fsdp2, or leave it out."
-            )
+    if config.algorithms.influence_scores is not None:
+        raise UserError(
+            "algorithms.influence_scores: needs the layers and the head of a model in one place, which a pipeline "
+            "spreads. Use compose.distributed=fsdp2, or leave it out."
+        )
+    if config.algorithms.distillation is not None:
+        _check_distilled_pipeline(config.algorithms.distillation)
     if precision == "amp_fp16":
         raise UserError(
             "precision: amp_fp16 scales losses between the forward and the backward pass, which a pipeline runs as "
@@ -150,6 +151,28 @@ def _check_pipeline(config: RunConfig, layout: Layout, precision: str, needs: Co
         raise UserError(
             f"train_loader.device_microbatch_size: the interleaved schedule needs a multiple of {layout.stages} "
             f"micro-batches, found {size // rows} of {rows} rows. Use another size, or parallelism.pp.schedule=1f1b."
+        )
+
+
+def _check_distilled_pipeline(settings: DistillationConfig) -> None:
+    """The last stage has hidden states behind the last layer, and all of the teacher."""
+    key, remedy = "algorithms.distillation", "Use compose.distributed=fsdp2"
+    for name, why in (
+        ("hidden", "compares states of one layer of the whole student"),
+        ("relations", "compares states of one layer of the whole student"),
+        ("on_policy", "lets the student write, token by token"),
+    ):
+        if getattr(settings, name) is not None:
+            raise UserError(f"{key}.{name}: {why}, while a pipeline spreads its layers. {remedy}, or leave it out.")
+    if settings.teacher.kind != "model":
+        raise UserError(
+            f"{key}.teacher.kind: '{settings.teacher.kind}' is made of the whole student, while a pipeline spreads its "
+            f"layers. {remedy}, or a teacher of kind model."
+        )
+    if settings.teacher.placement == "sharded":
+        raise UserError(
+            f"{key}.teacher.placement: sharded spreads the teacher over ranks that all ask it, while in a pipeline "
+            f"that of the last stage does. {remedy}, or placement auto (whole there) or offloaded (in main memory)."
         )
 
 

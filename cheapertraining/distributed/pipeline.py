@@ -1,14 +1,14 @@
 """Pipeline parallelism: decoder layers in stages, a stage or several a rank, micro-batches going through them in turn.
 
 The schedules are those of ``torch.distributed.pipelining``: GPipe (arXiv 1811.06965), 1F1B (PipeDream-flush, arXiv
-2006.09503) and interleaved 1F1B (arXiv 2104.04473). A stage is any module ``(x, position_ids, labels) -> output``; the
-last one gives losses in place of logits, so that no rank keeps the logits of more than one micro-batch.
+2006.09503) and interleaved 1F1B (arXiv 2104.04473). A stage is any module ``(x, **batch) -> output``; the last one
+gives losses in place of logits, so that no rank keeps the logits of more than one micro-batch.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 from cheapertraining.distributed.layout import StagePlan, plan_stages
+from cheapertraining.errors import UserError
 
 __all__ = ["Pipeline", "ScheduleName", "StagePlan", "mend_pipeline_on_gloo", "plan_stages"]
 
@@ -53,26 +54,35 @@ class Pipeline:
         self._tokens = 1.0
         self._schedule = _build_schedule(plan, modules, schedule, microbatches, shape, device, self._mean_loss)
 
-    def train(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, tokens: int) -> Tensor:
+    def train(self, batch: Mapping[str, Tensor], tokens: int) -> Tensor:
         """Forward and backward passes of a batch, gradients added to those of this rank's parameters.
 
         Args:
-            input_ids, position_ids, labels: of the whole batch, the same on all ranks, int64 ``[B, S]``.
+            batch: the whole of it, the same on all ranks: ``[B, ...]``, of which each stage gets the rows of a
+                micro-batch. ``input_ids`` int64 ``[B, S]`` are what goes into the first.
             tokens: loss-counting tokens in the batch; gradients are those of the mean over them.
 
         Returns:
-            The sum of losses of each sample, the same on all ranks, float32 ``[B]``.
+            What the last stage gives, the same on all ranks: the sum of losses of each sample that is trained on, and
+            that is reported, float32 ``[B, 2]``.
+
+        Raises:
+            UserError: on the rank of the stage that did.
         """
         self._tokens = float(max(tokens, 1))
-        rank, plan = dist.get_rank(), self.plan
-        first = (input_ids,) if rank == 0 else ()
-        sums = self._schedule.step(*first, target=labels, position_ids=position_ids, labels=labels)
-        return self._from_last(None if rank != plan.last_rank else sums.detach(), len(input_ids))
+        rank, plan, ids = dist.get_rank(), self.plan, batch["input_ids"]
+        try:
+            sums = self._schedule.step(*((ids,) if rank == 0 else ()), target=ids, **batch)
+        except RuntimeError as error:  # torch's own, about the stage and the shapes of its inputs
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
+            raise
+        return self._from_last(None if rank != plan.last_rank else sums.detach(), len(ids))
 
     @torch.no_grad()
-    def evaluate(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+    def evaluate(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The sums of :meth:`train`, of any number of rows, by one pass through all stages without gradients."""
-        rank, plan = dist.get_rank(), self.plan
+        rank, plan, input_ids = dist.get_rank(), self.plan, batch["input_ids"]
         state: Tensor | None = input_ids if rank == 0 else None
         for stage in range(plan.stages):
             before, here = (stage - 1) % plan.ranks, stage % plan.ranks
@@ -84,15 +94,15 @@ class Pipeline:
                     state = torch.empty(*input_ids.shape, self._width, device=self._device)
                     dist.recv(state, before)
             if rank == here:
-                state = self._modules[stage](state, position_ids=position_ids, labels=labels)
+                state = self._modules[stage](state, **batch)
         return self._from_last(state if rank == plan.last_rank else None, len(input_ids))
 
-    def _mean_loss(self, sums: Tensor, labels: Tensor) -> Tensor:
-        del labels  # already counted: of the whole batch, not of this micro-batch
-        return sums.sum() / self._tokens
+    def _mean_loss(self, sums: Tensor, target: Tensor) -> Tensor:
+        del target  # the stage has taken the losses already; tokens are those of the whole batch
+        return sums[:, 0].sum() / self._tokens
 
     def _from_last(self, sums: Tensor | None, rows: int) -> Tensor:
-        told = torch.empty(rows, device=self._device) if sums is None else sums.float().contiguous()
+        told = torch.empty(rows, 2, device=self._device) if sums is None else sums.float().contiguous()
         dist.broadcast(told, self.plan.last_rank)
         return told
 
@@ -108,7 +118,7 @@ def _build_schedule(
 ) -> Any:
     rows, length, width = shape
     ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
-    hidden, sums = torch.empty(rows, length, width, device="meta"), torch.empty(rows, device="meta")
+    hidden, sums = torch.empty(rows, length, width, device="meta"), torch.empty(rows, 2, device="meta")
     stages = [
         PipelineStage(
             module,

@@ -23,13 +23,14 @@ from cheapertraining.distributed.pipeline import Pipeline, StagePlan, plan_stage
 from cheapertraining.distributed.pipeline_state import clip_across_stages
 from cheapertraining.errors import UserError
 from cheapertraining.influence.losses import IGNORED, per_sample_loss
-from cheapertraining.models.causal_lm import CausalLM
+from cheapertraining.models.causal_lm import CausalLM, HeadInputs
 from cheapertraining.models.sharded import build_shell, fill_buffers
 
 __all__ = ["STAGED", "PipelinedLM", "build_pipelined"]
 
 STAGED = ("llama", "mistral", "qwen2", "qwen3")
-"""Architectures (model_type) whose body does nothing to hidden states that it is given in place of embeddings."""
+"""Architectures (model_type) whose body does nothing to hidden states that it is given in place of embeddings, and
+whose logits are those of a plain linear head."""
 
 _HEAD = "model.lm_head.weight"
 
@@ -42,31 +43,28 @@ class _Cut(nn.Module, FSDPModule):
 
 
 class Stage(nn.Module):
-    """Some decoder layers of a model, with its embedding before or its norm and head behind them.
+    """Some decoder layers of a model, with its embedding before or its norm behind them.
 
     Args:
         body: of the architecture, with these layers alone.
-        head: None but in the last stage.
         first: whether it takes token ids.
+        losses: what the last stage makes of its hidden states and the batch; None in the others.
     """
 
-    def __init__(self, body: nn.Module, head: nn.Module | None, first: bool) -> None:
+    def __init__(self, body: nn.Module, first: bool, losses: Callable[[Tensor, Mapping[str, Tensor]], Tensor] | None):
         super().__init__()
-        self.body, self.head, self.first = body, head, first
+        self.body, self.first, self.losses = body, first, losses
 
-    def forward(self, x: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
-        """Return hidden states float32 ``[B, S, H]``; the last stage the sum of losses of each sample ``[B]``.
+    def forward(self, x: Tensor, /, **batch: Tensor) -> Tensor:
+        """Return hidden states float32 ``[B, S, H]``; the last stage what ``losses`` gives, ``[B, 2]``.
 
         Args:
             x: token ids int64 ``[B, S]`` or hidden states ``[B, S, H]``.
-            position_ids: int64 ``[B, S]``, restarting at each document.
-            labels: int64 ``[B, S]``, unshifted; only the last stage looks at them.
+            batch: ``position_ids`` int64 ``[B, S]``, restarting at each document; only the last stage looks at others.
         """
         given = {"input_ids": x} if self.first else {"inputs_embeds": x}
-        hidden: Tensor = self.body(**given, position_ids=position_ids, use_cache=False).last_hidden_state
-        if self.head is None:
-            return hidden.float()
-        return per_sample_loss(self.head(hidden), labels)[0]
+        hidden: Tensor = self.body(**given, position_ids=batch["position_ids"], use_cache=False).last_hidden_state
+        return hidden.float() if self.losses is None else self.losses(hidden, batch)
 
 
 class PipelinedLM(CausalLM):
@@ -74,7 +72,8 @@ class PipelinedLM(CausalLM):
 
     All ranks are given the same batches. In training, ``forward`` runs the whole schedule, backward passes included,
     as micro-batches go back while others go forth: gradients are there when it returns, of the mean over the batch's
-    loss-counting tokens, and the loss has nothing behind it.
+    loss-counting tokens, and the loss has nothing behind it. An `objective` is asked by the last stage about each
+    micro-batch, on that rank alone; it gets hidden states, but not those of other layers.
 
     Args:
         whole: the whole model on the meta device.
@@ -109,6 +108,11 @@ class PipelinedLM(CausalLM):
         return self._whole[0]
 
     @property
+    def has_last_stage(self) -> bool:
+        """Whether this is the rank that makes losses."""
+        return dist.get_rank() == self.plan.last_rank
+
+    @property
     def blocks(self) -> list[nn.Module]:
         """This rank's decoder layers."""
         return list(self._layers.values())
@@ -137,26 +141,27 @@ class PipelinedLM(CausalLM):
             own.layers = nn.ModuleList(layers[number] for number in plan.layers[stage])
             own.norm = body.norm if last else nn.Identity()
             own.embed_tokens = body.embed_tokens if stage == 0 else None
-            modules[stage] = Stage(own, self.model.lm_head if last else None, stage == 0)
+            modules[stage] = Stage(own, stage == 0, self._losses if last else None)
         device = next(self.model.parameters()).device
         shape = (rows, length, int(self.model.config.hidden_size))
         self._pipeline = Pipeline(plan, modules, pp.schedule, microbatches, shape, device)
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Run a batch through all stages, and in training back; ``sample_loss_sum`` and ``sample_tokens`` are as
-        :meth:`CausalLM.loss` leaves them, and ``loss`` is their mean."""
+        :meth:`CausalLM.loss` leaves them, and ``loss`` is their mean, or in training that of the `objective`."""
         assert self._pipeline is not None
-        ids, positions = self._inputs(batch)
-        labels = batch["labels"]
-        tokens = (labels[:, 1:] != IGNORED).sum(dim=1)
+        rows = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        rows["input_ids"], rows["position_ids"] = self._inputs(batch)
+        tokens = _count_tokens(batch["labels"])
         if self.training and torch.is_grad_enabled():
-            sums = self._pipeline.train(ids, positions, labels, int(tokens.sum()))
+            found = self._pipeline.train(rows, int(tokens.sum()))
             self._add_tied_gradients()
         else:
-            sums = self._pipeline.evaluate(ids, positions, labels)
+            found = self._pipeline.evaluate(rows)
+        trained_on, sums = found.unbind(dim=1)
         # All ranks have seen the same samples, of which sums over all ranks are to hold each once.
         reported = 1 if dist.get_rank() == 0 else 0
-        mean = sums.sum() / tokens.sum().clamp(min=1)
+        mean = trained_on.sum() / tokens.sum().clamp(min=1)
         return {"loss": mean, "sample_loss_sum": sums * reported, "sample_tokens": tokens * reported}
 
     def loss(self, outputs: MutableMapping[str, Any], batch: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -171,6 +176,23 @@ class PipelinedLM(CausalLM):
     def clip_gradients(self, max_norm: float) -> Tensor:
         """See :func:`~cheapertraining.distributed.pipeline_state.clip_across_stages`."""
         return clip_across_stages(self, max_norm, self.duplicates)
+
+    def _losses(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Of each sample the loss, with gradient, and the cross-entropy, both summed over its tokens: ``[B, 2]``.
+
+        Args:
+            hidden: ``[B, S, H]``, what the head multiplies.
+            batch: rows of the micro-batch.
+        """
+        if self.objective is None or not torch.is_grad_enabled():
+            sums = per_sample_loss(self.model.lm_head(hidden), batch["labels"])[0]
+            return torch.stack([sums, sums.detach()], dim=1)
+        outputs: dict[str, Tensor] = {}
+        inputs = HeadInputs(hidden, (), self.model.lm_head.weight, self.model.lm_head.bias, 1.0, None)
+        mean = self.objective(inputs, batch, outputs)
+        sums = outputs["sample_loss_sum"]
+        total = mean * _count_tokens(batch["labels"]).sum()
+        return torch.stack([(total / len(sums)).expand_as(sums), sums], dim=1)  # only their sum is ever looked at
 
     def _add_tied_gradients(self) -> None:
         """One matrix embeds tokens in the first stage and makes logits in the last: its gradient is the sum of both."""
@@ -220,6 +242,11 @@ def build_pipelined(
     _fill(model, source, device)
     model.start(settings, batch_size // microbatch_size, microbatch_size, seq_len)
     return model
+
+
+def _count_tokens(labels: Tensor) -> Tensor:
+    """Positions of each sample that a loss counts for, int64 ``[B]``, from unshifted labels."""
+    return (labels[:, 1:] != IGNORED).sum(dim=1)
 
 
 def _numbered(layers: Any, kept: Iterable[int]) -> nn.ModuleList:
