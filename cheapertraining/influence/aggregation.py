@@ -117,18 +117,19 @@ class GroupSums:
         self._lengths.index_add_(1, index, torch.stack([kept.double(), length, length**2]))
         self._scores.index_add_(1, index, torch.stack([wide, wide**2, wide * length[:, None]]))
 
-    def means(self, *, over_ranks: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def means(self, *, over_ranks: bool = False, copies: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """Means and standard errors, float64 ``[G, K]``.
 
         Both are NaN for a group without a unit, the error also for one with a single unit.
 
         Args:
             over_ranks: of the units of all ranks together; then all of them must call.
+            copies: ranks that each added the same units.
         """
         lengths, scores = self._lengths.clone(), self._scores.clone()
         if over_ranks:
-            sum_over_ranks(lengths)
-            sum_over_ranks(scores)
+            sum_over_ranks(lengths, copies)
+            sum_over_ranks(scores, copies)
         number, total, squared = lengths[:, :, None]
         total = torch.where(total > 0, total, torch.nan)
         mean = scores[0] / total

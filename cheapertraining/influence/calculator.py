@@ -33,7 +33,7 @@ from cheapertraining.influence.probes import ProbeBank, ProbeLosses
 from cheapertraining.influence.scorers import SampleScores
 from cheapertraining.influence.scorers.forward import forward_scores
 from cheapertraining.influence.scorers.hook import hook_scores
-from cheapertraining.influence.sharding import Shards
+from cheapertraining.influence.sharding import Shards, sample_copies
 
 __all__ = ["ESTIMATORS", "DataInfCalculator", "InfluenceCalculator", "make_preconditioner", "unit_length"]
 
@@ -265,7 +265,7 @@ class InfluenceCalculator:
             sums.add(found.scores, found.tokens, source_of_units(batch, self.by).to(found.tokens.device))
         if sums is None:
             raise UserError("InfluenceCalculator.score_sources: expected at least one batch, found none.")
-        means, errors = sums.means(over_ranks=True)
+        means, errors = sums.means(over_ranks=True, copies=sample_copies(self.model))
         return {
             column: {name: (float(means[k, row]), float(errors[k, row])) for k, name in enumerate(sources)}
             for row, column in enumerate(self.columns)

@@ -22,6 +22,7 @@ from cheapertraining.influence.sharding import is_sharded
 __all__ = [
     "check_vocabulary",
     "full_precision",
+    "losses_of_logits",
     "model_logits",
     "model_losses",
     "no_trace",
@@ -92,7 +93,15 @@ def model_losses(
     Returns:
         As :func:`~cheapertraining.influence.losses.token_losses`.
     """
-    return token_losses(model_logits(model, batch, replaced), batch["labels"])
+    return losses_of_logits(model, model_logits(model, batch, replaced), batch["labels"])
+
+
+def losses_of_logits(model: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`~cheapertraining.influence.losses.token_losses`, or the model's own method of that name, where ranks hold
+    parts of the vocabulary (:class:`~cheapertraining.models.CausalLM`)."""
+    own = getattr(_bare(model), "token_losses", None)
+    found: tuple[torch.Tensor, torch.Tensor] = (token_losses if own is None else own)(logits, labels)
+    return found
 
 
 def sample_losses(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,15 @@ from cheapertraining.influence.model_access import check_vocabulary, no_trace, s
 from cheapertraining.influence.parameters import Directions, select_parameters, wide, zeros_like
 from cheapertraining.influence.ranks import check_equal_counts, rank_rows, sum_over_ranks
 from cheapertraining.influence.scorers import COMBINED
-from cheapertraining.influence.sharding import Shards, gradient_scale, gradients_set_aside, is_sharded, local, reshard
+from cheapertraining.influence.sharding import (
+    Shards,
+    gradient_scale,
+    gradients_set_aside,
+    is_sharded,
+    local,
+    reshard,
+    sample_copies,
+)
 
 __all__ = ["ProbeBank", "ProbeLosses"]
 
@@ -114,7 +122,8 @@ class ProbeBank:
         Call it on all ranks, between optimizer steps. Leaves no trace in the model.
 
         Args:
-            model: on one rank, replicated (``DistributedDataParallel``), or sharded by FSDP1 or FSDP2.
+            model: on one rank, replicated (``DistributedDataParallel``), or sharded by FSDP1 or FSDP2, under the
+                latter also tensor parallel.
             update_index: says which samples, see :meth:`window`.
             parameters: that the directions are over, by canonical name.
             microbatch_size: samples in a pass; default all that fall to this rank.
@@ -214,7 +223,7 @@ class ProbeBank:
         totals = torch.zeros(2, len(indices), dtype=torch.float64, device=device)
         passes = self._passes(model, name, indices, microbatch_size, totals)
         gradient = _by_shards(model, parameters, passes) if is_sharded(model) else _by_autograd(parameters, passes)
-        sum_over_ranks(totals)
+        sum_over_ranks(totals, sample_copies(model))
         losses = ProbeLosses(indices, *totals.cpu().numpy())
         tokens = float(losses.tokens.sum())
         if tokens == 0:
@@ -230,13 +239,14 @@ class ProbeBank:
         """The probes' losses alone, by forward passes. Arguments and errors as of :meth:`directions`."""
         found: dict[str, ProbeLosses] = {}
         device = next(iter(select_parameters(model).values())).device
+        model = unwrap(model)
         with no_trace(model), torch.no_grad():
             for name in self.names:
                 indices = self.window(name, update_index)
                 totals = torch.zeros(2, len(indices), dtype=torch.float64, device=device)
-                for _ in self._passes(unwrap(model), name, indices, microbatch_size, totals):
+                for _ in self._passes(model, name, indices, microbatch_size, totals):
                     reshard(model)  # FSDP keeps what it gathered for a pass without gradients.
-                sum_over_ranks(totals)
+                sum_over_ranks(totals, sample_copies(model))
                 found[name] = ProbeLosses(indices, *totals.cpu().numpy())
         return found
 
@@ -249,7 +259,7 @@ class ProbeBank:
         totals: torch.Tensor,
     ) -> Iterator[torch.Tensor]:
         """This rank's part of the summed loss, microbatch by microbatch; fills ``totals`` on the way."""
-        rows = rank_rows(len(indices))
+        rows = rank_rows(len(indices), sample_copies(model))
         size, device = microbatch_size or len(rows), totals.device
         check_equal_counts(len(indices), f"samples of probe '{name}'", device)
         check_equal_counts(math.ceil(len(rows) / size), f"passes over probe '{name}'", device)

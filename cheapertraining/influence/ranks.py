@@ -19,21 +19,33 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def rank_rows(count: int) -> list[tuple[int, float]]:
+def rank_rows(count: int, copies: int = 1) -> list[tuple[int, float]]:
     """Split ``count`` rows over the ranks: ``(row, 1.0)`` for this rank's, filled up with ``(0, 0.0)`` that
     do not count.
 
     All ranks get equally many, so that they make the same number of passes (a sharded model needs that).
+
+    Args:
+        count: of the rows.
+        copies: neighbouring ranks that get the same rows
+            (:func:`~cheapertraining.influence.sharding.sample_copies`).
     """
-    rank, world = rank_and_world()
+    rank, world = (each // copies for each in rank_and_world())
     mine = [(row, 1.0) for row in range(rank, count, world)]
     return mine + [(0, 0.0)] * (math.ceil(count / world) - len(mine))
 
 
-def sum_over_ranks(values: torch.Tensor) -> None:
-    """Replace ``values`` by their sum over all ranks, where there are several."""
+def sum_over_ranks(values: torch.Tensor, copies: int = 1) -> None:
+    """Replace ``values`` by their sum over all ranks, where there are several.
+
+    Args:
+        values: on the device that the ranks communicate on.
+        copies: ranks that each hold the same values, of which one is to count; then ``values`` are no integers.
+    """
     if rank_and_world()[1] > 1:
         dist.all_reduce(values)
+    if copies > 1:
+        values /= copies
 
 
 def check_equal_counts(count: int, what: str, device: torch.device) -> None:

@@ -1,4 +1,5 @@
-"""Models whose parameters are spread over the ranks: FSDP1 (``use_orig_params=True``) and FSDP2 (DTensor).
+"""Models whose parameters are spread over the ranks: FSDP1 (``use_orig_params=True``) and FSDP2 (DTensor), the latter
+also of layers that tensor parallelism has cut.
 
 Influence works on what a rank holds: its local shards. Wrappers are told by their names, so that neither FSDP nor
 DTensor need be imported where nobody uses them.
@@ -6,6 +7,9 @@ DTensor need be imported where nobody uses them.
 ``FullyShardedDataParallel`` shows a parameter between passes as a flat slice, possibly empty; the slices of all ranks
 in order make up the flattened parameter. ``fully_shard`` makes DTensors, split along a dimension. Both keep what they
 gathered for the root module after a pass without gradients, hence :func:`reshard`.
+
+Under tensor parallelism ranks that hold parts of the same layers see the same samples, of which each must count once
+(:func:`sample_copies`), while their shards, as all shards, make up one parameter.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ __all__ = [
     "local",
     "low_precision",
     "reshard",
+    "sample_copies",
 ]
 
 
@@ -44,8 +49,8 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP1 or FSDP2 spreads the model's parameters over ranks.
 
     Raises:
-        UserError: they are spread in a way that influence does not know (tensor parallelism, FSDP1 with flat
-            parameters).
+        UserError: they are spread in a way that influence does not know (tensor parallelism without FSDP2, FSDP1 with
+            flat parameters).
     """
     handles, modules = _handles(model), _fsdp2_modules(model)
     if any(not handle._use_orig_params for handle in handles):
@@ -54,13 +59,20 @@ def is_sharded(model: nn.Module) -> bool:
             "layers cannot be told apart. Set use_orig_params=True."
         )
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "device_mesh") and (not modules or not _is_data_parallel(parameter)):
+        if hasattr(parameter, "device_mesh") and (not modules or not _is_over_all_ranks(parameter)):
             raise UserError(
                 f"influence: expected parameters replicated, or sharded by FSDP, over all ranks, found {name} as "
-                f"{getattr(parameter, 'placements', None)}. Train without tensor parallelism, or use a mixing strategy "
-                "that needs no influence."
+                f"{getattr(parameter, 'placements', None)}. Shard what tensor parallelism has cut with fully_shard as "
+                "well, or use a mixing strategy that needs no influence."
             )
     return bool(handles or modules)
+
+
+def sample_copies(model: nn.Module) -> int:
+    """Number of neighbouring ranks that see the same samples: those that FSDP2 does not spread the model over, since
+    tensor parallelism has cut its layers over them; else 1."""
+    groups = _fsdp2_groups(model)
+    return rank_and_world()[1] // groups[0].mesh_info.mesh.size() if groups else 1
 
 
 def reshard(model: nn.Module) -> None:
@@ -143,11 +155,13 @@ class Shards:
         parameter: Any = self._parameters[name]
         if not hasattr(parameter, "device_mesh"):
             return full
-        from torch.distributed.tensor import distribute_tensor
-
-        # All ranks hold the same numbers: the one that it sends is what they have.
-        mesh, placements = parameter.device_mesh, _behind_first(parameter)
-        return local(distribute_tensor(full.detach().contiguous(), mesh, placements)).clone()
+        part, mesh = full.detach(), parameter.device_mesh
+        cuts = zip(mesh.shape, mesh.get_coordinate(), _behind_first(parameter), strict=True)
+        # FSDP2 cuts what tensor parallelism has cut before, which a strided placement says.
+        for size, place, placement in sorted(cuts, key=lambda cut: hasattr(cut[2], "split_factor")):
+            if placement.is_shard():
+                part = _chunk(part, size, place, placement.dim)
+        return part.clone()
 
     def shape(self, name: str) -> torch.Size:
         """A parameter's whole shape."""
@@ -212,14 +226,15 @@ class Gathered(Mapping[str, torch.Tensor]):
 def gradient_scale(model: nn.Module) -> float:
     """What backward leaves in ``.grad`` of a model on several ranks, as a multiple of the sum over the ranks' losses.
 
+    Copies of a loss (:func:`sample_copies`) are taken once.
+
     A collective call. FSDP1 and DistributedDataParallel average, so ``1 / world``. FSDP2 leaves it to the backend,
     and torch 2.7 on gloo sums where NCCL averages (pytorch issue 162338), unless somebody has put it right by a hook;
     so it is measured, on one parameter of known gradient with the settings of the model's own.
     """
-    world = rank_and_world()[1]
     groups = _fsdp2_groups(model)
     if not groups:
-        return 1.0 / world
+        return 1.0 / rank_and_world()[1]
     from torch.distributed.fsdp import fully_shard
 
     group: Any = groups[0]
@@ -234,7 +249,7 @@ def gradient_scale(model: nn.Module) -> float:
     with torch.set_grad_enabled(True):
         known().backward()  # On each rank a gradient of ones: their sum is the number of ranks.
     assert known.weight.grad is not None
-    return float(local(known.weight.grad).mean()) / world
+    return float(local(known.weight.grad).mean()) / mesh.size()
 
 
 class _Sum(nn.Module):
@@ -316,11 +331,19 @@ def _fsdp2_groups(model: nn.Module) -> list[Any]:
 
 def _behind_first(parameter: Any) -> list[Any]:
     """The placements of a parameter, for tensors with one more dimension in front."""
-    return [
-        type(placement)(placement.dim + 1) if placement.is_shard() else placement for placement in parameter.placements
-    ]
+    moved = []
+    for placement in parameter.placements:
+        strided = {"split_factor": placement.split_factor} if hasattr(placement, "split_factor") else {}
+        moved.append(type(placement)(placement.dim + 1, **strided) if placement.is_shard() else placement)
+    return moved
 
 
-def _is_data_parallel(parameter: Any) -> bool:
+def _chunk(tensor: torch.Tensor, size: int, place: int, dim: int) -> torch.Tensor:
+    """The part of a tensor that the ``place``-th of ``size`` ranks holds; empty where there are fewer."""
+    parts = tensor.chunk(size, dim)
+    return parts[place] if place < len(parts) else tensor.narrow(dim, 0, 0)
+
+
+def _is_over_all_ranks(parameter: Any) -> bool:
     kinds = {type(placement).__name__ for placement in parameter.placements}
-    return kinds <= {"Shard", "Replicate"} and parameter.device_mesh.size() == rank_and_world()[1]
+    return kinds <= {"Shard", "_StridedShard", "Replicate"} and parameter.device_mesh.size() == rank_and_world()[1]

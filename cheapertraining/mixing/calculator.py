@@ -24,10 +24,10 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from cheapertraining.errors import UserError
-from cheapertraining.influence.losses import token_losses
-from cheapertraining.influence.model_access import model_losses
+from cheapertraining.influence.model_access import losses_of_logits, model_losses
 from cheapertraining.influence.ranks import sum_over_ranks
 from cheapertraining.influence.settings import InfluenceConfig
+from cheapertraining.influence.sharding import sample_copies
 from cheapertraining.mixing.agreement import agreed
 from cheapertraining.mixing.constraints import Constraints
 from cheapertraining.mixing.controller import MixtureController
@@ -165,7 +165,7 @@ class MixtureWeightCalculator:
                 "Load with a mixture of sources."
             )
         with torch.no_grad():
-            losses, counted = token_losses(logits.detach(), batch["labels"])
+            losses, counted = losses_of_logits(self.model, logits.detach(), batch["labels"])
             rows = [losses.double().sum(dim=1), counted.double().sum(dim=1)]
             if self.reference is not None:
                 other, _ = model_losses(self.reference, batch)
@@ -245,7 +245,7 @@ class MixtureWeightCalculator:
     def _flush(self) -> None:
         """Hand what was recorded over to the controller, summed over the ranks."""
         if self._pending is not None:
-            sum_over_ranks(self._pending)
+            sum_over_ranks(self._pending, sample_copies(self.model))
             self.controller.record(*self._pending.cpu().numpy())
             self._pending = None
 

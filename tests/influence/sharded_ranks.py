@@ -93,22 +93,31 @@ def accumulated(model: nn.Module, directions: Directions, batch: Batch) -> dict[
 
 def results(model: nn.Module, rank: int, world: int) -> dict[str, Any]:
     """Everything there is to compare; scores of this rank's own rows."""
+    found = unwatched(model, rank, world)
+    directions = found.pop("own directions")
+    model.zero_grad()
+    return found | watched(model, directions, rows_of(rank, world))
+
+
+def unwatched(model: nn.Module, rank: int, world: int) -> dict[str, Any]:
+    """What needs no look at single layers; with the directions as they lie on this rank."""
     model.eval()
     parameters, batch = select_parameters(model), rows_of(rank, world)
     bank = ProbeBank({"p": probe_loader(), "q": probe_loader(seed=7)}, samples=5, refresh_every=2)
     directions, losses = bank.current(model, 3, parameters, microbatch_size=2)
     look = SourceEstimator(Sources(), {"p": probe_loader()}, probe_samples=5, source_samples=3)
+    measured = look.measure(model, update_index=2, microbatch_size=2)
     found = {
+        "own directions": directions,
         "directions": gathered(model, directions),
         "state": bank.state_dict()["tensors"],
         "losses": torch.tensor([losses[name].mean for name in ("p", "q")]),
         "difference": forward_scores(model, directions, batch).scores,
         "documents": forward_scores(model, directions, batch, method="central", by="document").scores,
-        "look-ahead": torch.from_numpy(look.measure(model, update_index=2, microbatch_size=2).scores),
+        "look-ahead": torch.from_numpy(measured.scores),
+        "look-ahead errors": torch.from_numpy(measured.errors),
         "microbatch": accumulated(model, directions, batch),
     }
-    model.zero_grad()
-    found.update(watched(model, directions, batch))
     again = ProbeBank({"p": probe_loader(), "q": probe_loader(seed=7)}, samples=5, refresh_every=2)
     again.load_state_dict(bank.state_dict())
     resumed, _ = again.current(model, 4, parameters)

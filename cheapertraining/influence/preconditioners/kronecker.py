@@ -34,7 +34,7 @@ from cheapertraining.influence.preconditioners.base import check_covered, check_
 from cheapertraining.influence.preconditioners.factors import Basis, Observer, Sums, rotate
 from cheapertraining.influence.preconditioners.upkeep import Schedule, Upkeep, decomposed
 from cheapertraining.influence.ranks import check_equal_counts, rank_and_world
-from cheapertraining.influence.scorers.backward import Watch, refuse_compiled, watched
+from cheapertraining.influence.scorers.backward import Watch, refuse_unwatchable, watched
 from cheapertraining.influence.scorers.hook import run_pass
 from cheapertraining.influence.scorers.sites import find_sites
 from cheapertraining.influence.scorers.units import Units, wide
@@ -150,7 +150,7 @@ class KFAC:
         if self._shards is None:
             self._shards = Shards(model, self.parameters)
         inner = _inner(model)
-        refuse_compiled(inner)
+        refuse_unwatchable(inner)
         bases = self._kept.begin()
         sums, rows = Sums(), self._kept.rows(len(batch["labels"]))
         observer = self._observer(inner, sums, batch, bases, factors=True, rows=rows, scale=loss_scale)

@@ -19,8 +19,9 @@ from torch import nn
 from cheapertraining.errors import UserError
 from cheapertraining.influence.scorers.sites import Site
 from cheapertraining.influence.scorers.units import Factors, Units, wide
+from cheapertraining.influence.sharding import sample_copies
 
-__all__ = ["Consumer", "Watch", "refuse_compiled", "watched"]
+__all__ = ["Consumer", "Watch", "refuse_unwatchable", "watched"]
 
 Forward = Callable[..., torch.Tensor]
 Visit = Callable[..., None]
@@ -359,8 +360,9 @@ _FORWARDS: Mapping[str, Callable[[Watch, Site, Forward], Forward]] = {
 }
 
 
-def refuse_compiled(model: nn.Module) -> None:
-    """Raise UserError for a model that ``torch.compile`` took in hand: its graph does not see the sites."""
+def refuse_unwatchable(model: nn.Module) -> None:
+    """Raise UserError for a model that ``torch.compile`` took in hand, whose graph does not see the sites, or that
+    tensor parallelism has cut: no rank sees a site's whole input and gradient."""
     for module in model.modules():
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise UserError(
@@ -368,3 +370,8 @@ def refuse_compiled(model: nn.Module) -> None:
                 "the layers from the fused and hook scorers. Score with the forward or the microbatch scorer, or "
                 "compile after scoring."
             )
+    if sample_copies(model) > 1:
+        raise UserError(
+            "influence: expected layers in one piece, found them cut by tensor parallelism, whose parts the fused and "
+            "hook scorers do not put together. Score with the forward or the microbatch scorer."
+        )

@@ -19,7 +19,7 @@ from cheapertraining.influence.losses import IGNORED
 from cheapertraining.influence.parameters import Directions
 from cheapertraining.influence.preconditioners.datainf import datainf_scores
 from cheapertraining.influence.scorers import SampleScores
-from cheapertraining.influence.scorers.backward import Watch, refuse_compiled, watched
+from cheapertraining.influence.scorers.backward import Watch, refuse_unwatchable, watched
 from cheapertraining.influence.scorers.consumers import Moments, Products
 from cheapertraining.influence.scorers.hook import directed_parameters, whole
 from cheapertraining.influence.scorers.sites import find_sites
@@ -64,7 +64,7 @@ class FusedScorer:
     ) -> None:
         if datainf is not None:
             _check_damping(datainf, directions)
-        refuse_compiled(model)
+        refuse_unwatchable(model)
         self._parameters = directed_parameters(model, directions)
         self._directions = whole(model, self._parameters, directions)
         self._sites = find_sites(model, self._parameters)

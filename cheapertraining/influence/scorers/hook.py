@@ -18,7 +18,7 @@ from cheapertraining.influence.aggregation import By
 from cheapertraining.influence.model_access import check_vocabulary, model_losses, no_trace
 from cheapertraining.influence.parameters import Directions, select_parameters
 from cheapertraining.influence.scorers import SampleLosses, SampleScores
-from cheapertraining.influence.scorers.backward import Consumer, Watch, refuse_compiled, watched
+from cheapertraining.influence.scorers.backward import Consumer, Watch, refuse_unwatchable, watched
 from cheapertraining.influence.scorers.consumers import Dense, Moments, Products, Projected, Projection
 from cheapertraining.influence.scorers.sites import find_sites
 from cheapertraining.influence.scorers.units import Units
@@ -196,7 +196,7 @@ def _units(batch: Batch, by: By, parameters: Parameters) -> Units:
 def run_pass(model: nn.Module, parameters: Parameters, batch: Batch, units: Units, consumer: Consumer) -> SampleLosses:
     """Hand to ``consumer`` what passes by at the sites of ``parameters`` for the batch that ``units`` was made of."""
     inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
-    refuse_compiled(inner)
+    refuse_unwatchable(inner)
     check_vocabulary(inner, batch, "influence")
     anchor = torch.zeros((), device=next(iter(parameters.values())).device, requires_grad=True)
     watch = Watch(find_sites(inner, parameters), consumer, units, anchor)

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cheapertraining.errors import UserError
 from cheapertraining.influence.aggregation import By, unit_index
 from cheapertraining.influence.model_access import check_vocabulary, model_losses, no_trace
 from cheapertraining.influence.parameters import Directions
 from cheapertraining.influence.scorers import SampleScores
 from cheapertraining.influence.scorers.hook import directed_parameters
+from cheapertraining.influence.sharding import is_sharded
 
 __all__ = ["loop_gradients", "loop_scores"]
 
@@ -48,6 +50,11 @@ def _walk(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, by: By
 ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]]:
     inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+    if is_sharded(inner):
+        raise UserError(
+            "influence by loop: expected whole parameters on each rank, found them sharded, which only a backward pass "
+            "of all ranks together gives gradients of. Score with the forward or the microbatch scorer."
+        )
     index, count = unit_index(batch, by)
     check_vocabulary(inner, batch, "influence")
     with no_trace(inner), torch.set_grad_enabled(True):

@@ -24,7 +24,7 @@ from cheapertraining.influence.aggregation import GroupSums
 from cheapertraining.influence.losses import IGNORED
 from cheapertraining.influence.parameters import Directions, select_parameters
 from cheapertraining.influence.ranks import check_equal_counts, rank_and_world, sum_over_ranks
-from cheapertraining.influence.sharding import Shards, check_reduced, gradient_scale, local
+from cheapertraining.influence.sharding import Shards, check_reduced, gradient_scale, local, sample_copies
 
 __all__ = ["MicrobatchScorer", "MicrobatchScores", "source_microbatches"]
 
@@ -62,7 +62,8 @@ class MicrobatchScorer:
 
     Args:
         model: on one rank, replicated (``DistributedDataParallel``, with or without ``no_sync``), or sharded by FSDP1
-            or FSDP2 that reduce every microbatch. Making a scorer is a collective call.
+            or FSDP2 (under the latter also tensor parallel) that reduce every microbatch. Making a scorer is a
+            collective call.
         directions: over its parameters.
         sources: their names; marks give an index into them.
 
@@ -141,7 +142,8 @@ class MicrobatchScorer:
         for row, (_, added, tokens, weighted) in enumerate(marks):
             table[row] = torch.cat([added, tokens[None], weighted[None]])
         sum_over_ranks(table)
-        tokens, weighted = table[:, -2], table[:, -1]
+        # Of ranks that train on the same samples each holds a part of the products, but counts all of the tokens.
+        tokens, weighted = (table[:, -2:] / sample_copies(self._model)).T
         # The ranks' factors may differ a little, where each divides by its own tokens: then their weighted mean.
         sums = torch.where(tokens[:, None] > 0, table[:, :count] * (tokens / weighted)[:, None], 0.0)
         return sources, sums, tokens

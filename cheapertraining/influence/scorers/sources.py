@@ -28,6 +28,7 @@ from cheapertraining.influence.scorers.forward import forward_scores
 from cheapertraining.influence.scorers.gram import GradientEstimator
 from cheapertraining.influence.scorers.hook import hook_scores
 from cheapertraining.influence.scorers.loop import loop_scores
+from cheapertraining.influence.sharding import sample_copies
 
 __all__ = [
     "METRICS",
@@ -151,8 +152,9 @@ class SourceEstimator:
         started = time.perf_counter()
         parameters = select_parameters(model, self.layers)
         losses: dict[str, ProbeLosses] = {}
+        copies = sample_copies(model)
         with no_trace(model):
-            batches, places = self._source_rows(update_index, microbatch_size)
+            batches, places = self._source_rows(update_index, microbatch_size, copies)
             check_equal_counts(len(batches), "passes over the sources' samples", next(iter(parameters.values())).device)
             precondition = self._preconditioner(model, parameters, optimizer, batches).apply
             gradients = self._gradients(model, parameters, update_index, microbatch_size, losses)
@@ -160,7 +162,7 @@ class SourceEstimator:
                 torch.cat([self._scores(model, direction, batch) for batch in batches])
                 for direction in map(precondition, gradients)
             ]
-        scores, errors = self._per_source(torch.stack(derivatives), batches, places)
+        scores, errors = self._per_source(torch.stack(derivatives), batches, places, copies)
         if self.metric == "cosine":
             norms = self._source_norms(model, update_index, microbatch_size)
             scores, errors = scores / norms, errors / norms
@@ -186,11 +188,11 @@ class SourceEstimator:
         self._changes.load_state_dict(state["last"])
 
     def _source_rows(
-        self, update_index: int, microbatch_size: int | None
+        self, update_index: int, microbatch_size: int | None, copies: int
     ) -> tuple[list[Batch], list[tuple[int, float]]]:
         """This rank's share of the samples, in passes, and each row's place in ``[K * source_samples]``."""
         names, per_source = self.mixture.source_names, self.source_samples
-        places = rank_rows(len(names) * per_source)
+        places = rank_rows(len(names) * per_source, copies)
         wanted: dict[int, list[int]] = {}
         for place, _ in places:
             wanted.setdefault(place // per_source, []).append(place % per_source)
@@ -256,7 +258,11 @@ class SourceEstimator:
             yield Directions((COMBINED,), {key: part[None] for key, part in combined.items()})
 
     def _per_source(
-        self, derivatives: torch.Tensor, batches: Sequence[Batch], places: Sequence[tuple[int, float]]
+        self,
+        derivatives: torch.Tensor,
+        batches: Sequence[Batch],
+        places: Sequence[tuple[int, float]],
+        copies: int,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Token-weighted mean of each source and its standard error (a ratio of means), each ``[D, K]``."""
         device, n = derivatives.device, self.source_samples
@@ -267,7 +273,7 @@ class SourceEstimator:
         )
         rows = torch.cat([derivatives, tokens.double()[None]]) * counted
         table.index_add_(1, torch.tensor([place for place, _ in places], device=device), rows)
-        sum_over_ranks(table)
+        sum_over_ranks(table, copies)
         by_sample = table.cpu().numpy().reshape(len(table), -1, n)
         slopes, lengths = by_sample[:-1], by_sample[-1]
         total = np.maximum(lengths.sum(axis=1), 1.0)
