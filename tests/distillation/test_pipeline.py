@@ -1,0 +1,133 @@
+"""A student in pipeline stages over two real ranks against one process: losses, weights, metrics, resuming."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cheapertraining.distributed.parallelism import check_together, plan_layout
+from cheapertraining.errors import UserError
+from tests.distillation.pipeline_ranks import EVALUATED_AT, RUNS, SAVED_AT, STEPS, objective, twin, work
+from tests.distillation.tiny import TEACHER, save_teacher, write_cache
+from tests.distributed.ranks import checkpoint_of
+from tests.processes import run_on_ranks
+from tools.bench._layouts import RAGGED, config_of, losses_of, run_once, tiny_yaml
+
+pytestmark = pytest.mark.slow
+TOLERANCE = 1e-5
+FOUR_LAYERS = {
+    "hidden_size": 32, "intermediate_size": 64, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2,
+    "max_position_embeddings": 32, "init_std": 0.1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def path(tiny_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The yaml of the runs, all of which are over."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    (folder / "rank0").mkdir()
+    teacher = save_teacher(folder / "rank1" / "teacher")
+    save_teacher(folder / "rank1" / "other", replace(TEACHER, vocab_size=520))
+    save_teacher(folder / "rank1" / "short", replace(TEACHER, max_position_embeddings=16))
+    write_cache(tiny_sample, teacher, folder / "sampled", size=12)
+    write_cache(tiny_sample, teacher, folder / "top_k", kind="top_k", size=8)
+    path = tiny_yaml(
+        folder / "run.yaml",
+        tiny_sample / "data.yaml",
+        model=FOUR_LAYERS,
+        eval_loader={"batch_size": 4, "interval": f"{EVALUATED_AT}ba", "subset_num_batches": 2, "first": False},
+    )
+    for name in {twin(run): run for run in RUNS}.items():
+        alone, run = name
+        learned, _, overrides = RUNS[run]
+        shape = [each for each in overrides if each.startswith("model.")]
+        config = config_of(path, "single", f"run_name={alone}", *objective(learned, folder, str(teacher)), *shape)
+        run_once(config, algorithms=RAGGED)
+    run_on_ranks(work, path)
+    return path
+
+
+def _losses(path: Path, run: str) -> list[float]:
+    return losses_of(path.parent / "runs" / run)
+
+
+def _weights(path: Path, run: str) -> dict[str, torch.Tensor]:
+    content = torch.load(checkpoint_of(path.parent / "runs", run, STEPS), weights_only=False)
+    weights: dict[str, torch.Tensor] = content["state"]["model"]
+    return weights
+
+
+def _logged(path: Path, run: str, beginning: str) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for line in (path.parent / "runs" / run / "metrics.jsonl").read_text().splitlines():
+        for name, value in json.loads(line).items():
+            if name.startswith(beginning):
+                found.setdefault(name, []).append(value)
+    return found
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_pipeline_learns_what_one_process_does(run: str, path: Path) -> None:
+    """With packed rows, ragged masks, ramps, weights by source, clipping, and a mixture that changes."""
+    losses, expected = _losses(path, run), _losses(path, twin(run))
+    assert len(losses) == STEPS
+    assert losses == pytest.approx(expected, rel=TOLERANCE)
+    found, wanted = (_weights(path, name) for name in (run, twin(run)))
+    assert found.keys() == wanted.keys()  # nothing of the teacher
+    for name, weight in wanted.items():
+        assert float((found[name] - weight).norm() / weight.norm()) <= TOLERANCE, name
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_it_logs_what_one_process_does(run: str, path: Path) -> None:
+    """Each number once; the loss by source and evaluation are plain cross-entropy."""
+    for beginning, least in (("distillation/", 15), ("loss/train/", 4), ("metrics/", 4)):
+        found, wanted = (_logged(path, name, beginning) for name in (run, twin(run)))
+        assert found.keys() == wanted.keys()
+        assert len(wanted) >= least
+        for name, values in wanted.items():
+            assert found[name] == pytest.approx(values, rel=TOLERANCE), name
+
+
+@pytest.mark.parametrize("run", ["live-1f1b", "sampled-1f1b"])
+def test_resumed_it_goes_on_as_if_undisturbed(run: str, path: Path) -> None:
+    assert _losses(path, f"{run}-resumed") == _losses(path, run)[SAVED_AT:]
+
+
+def test_a_teacher_that_does_not_fit_ends_all_ranks_with_the_same_words(path: Path) -> None:
+    """Only the last one has read it."""
+    said, others = (json.loads((path.parent / f"said{rank}.json").read_text()) for rank in (0, 1))
+    assert said == others
+    assert "found nothing of the kind at 'nowhere'" in said["nowhere"]
+    assert "expected the student's vocabulary of 512, found 520" in said["other"]
+    assert "rows of up to 32 tokens" in said["short"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ("hidden={}", "hidden: compares states of one layer of the whole student"),
+        ("relations={}", "relations: compares states of one layer of the whole student"),
+        ("on_policy={share: 0.5}", "on_policy: lets the student write, token by token"),
+        ("teacher.kind=average", "teacher.kind: 'average' is made of the whole student"),
+        ("teacher.kind=adapters_off", "teacher.kind: 'adapters_off' is made of the whole student"),
+        ("teacher.placement=sharded", "or placement auto (whole there) or offloaded"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_start(choice: str, words: str, tiny_sample: Path, tmp_path: Path) -> None:
+    yaml = tiny_yaml(tmp_path / "run.yaml", tiny_sample / "data.yaml", model=FOUR_LAYERS)
+    key = "algorithms.distillation"
+
+    def begin(*overrides: str) -> Any:
+        config = config_of(yaml, "pp", f"{key}.teacher.path=teacher", *overrides)
+        check_together(config, plan_layout(config.parallelism, 2), "fp32")
+
+    begin()
+    with pytest.raises(UserError, match=re.escape(words)):
+        begin(f"{key}.{choice}")
