@@ -10,6 +10,7 @@ global batch however it is split.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -39,6 +40,8 @@ from cheapertraining.models.causal_lm import CausalLM, HeadInputs
 from cheapertraining.models.stages import PipelinedLM
 
 __all__ = ["Distillation", "OnPolicy", "Placement"]
+
+log = logging.getLogger(__name__)
 
 Placement = Literal["auto", "replicated", "sharded", "offloaded"]
 LiveTeacher = TeacherWrapper | AdapterOffTeacher | AverageTeacher
@@ -199,11 +202,6 @@ class Distillation(Algorithm):
             return  # fit goes on
         if not isinstance(student, CausalLM):
             raise UserError(f"distillation: expected a CausalLM of ours as the model, found {type(student).__name__}.")
-        if getattr(student, "vocabulary_group", None) is not None:
-            raise UserError(
-                "distillation: the output head is split over ranks by tensor parallelism, which the loss does not "
-                "know. Train without parallelism.tp."
-            )
         self._staged = isinstance(student, PipelinedLM)
         if not self._staged:
             check_head(student, "distillation: the student")
@@ -250,7 +248,8 @@ class Distillation(Algorithm):
             self._live[:] = [teacher(student)]
 
     def _place(self, teacher: TeacherWrapper, student: CausalLM, state: State, device: torch.device) -> None:
-        mesh = getattr(next(student.parameters()), "device_mesh", None)
+        cut = student.vocabulary_group is not None
+        mesh = student.mesh if cut else getattr(next(student.parameters()), "device_mesh", None)
         where = self.placement if self.placement != "auto" else "replicated" if mesh is None else "sharded"
         if where == "sharded":
             if mesh is None:
@@ -259,7 +258,12 @@ class Distillation(Algorithm):
                     "each rank. Use compose.distributed=fsdp2, or placement=replicated."
                 )
             teacher.to(device)
-            teacher.shard(mesh)
+            try:
+                teacher.shard(mesh)
+            except UserError as error:
+                if self.placement != "auto":
+                    raise
+                log.warning("distillation: %s With placement=auto each rank has it whole.", error)
         elif where == "offloaded":
             teacher.offload(device)
         else:
@@ -302,7 +306,10 @@ class Distillation(Algorithm):
             return _Heard(self._cached(batch), None, [])
         inputs = self._live[0].head_inputs(batch, self.layers_needed)
         states = [] if self.layers is None else self.layers.heard()
-        return _Heard(HiddenTargets(inputs.hidden, head_of(inputs)), inputs, states)
+        head, group = head_of(inputs), self._student[0].vocabulary_group
+        if group is not None and self._live[0].model.vocabulary_group is None:  # whole on each rank
+            head = head.part(torch.distributed.get_rank(group), group.size())
+        return _Heard(HiddenTargets(inputs.hidden, head), inputs, states)
 
     def loss_of(self, inputs: HeadInputs, batch: Mapping[str, Any], outputs: MutableMapping[str, Any]) -> Tensor:
         """The loss of the microbatch at hand; what :class:`~cheapertraining.models.causal_lm.Objective` asks for."""
@@ -320,13 +327,14 @@ class Distillation(Algorithm):
             token_weights=self._weights[source] if self._weighted else None,
             chunk_tokens=self.chunk_tokens,
             statistics=self._logged,
+            group=self._student[0].vocabulary_group,
         )
         assert loss.cross_entropies is not None
         outputs["token_losses"] = loss.cross_entropies
         # On its own answers the student's cross-entropy says nothing about the source.
-        counts = mask.sum(dim=1) * (not self._answering)
-        outputs["sample_loss_sum"] = loss.cross_entropies.sum(dim=1) * (not self._answering)
-        outputs["sample_tokens"] = counts
+        reported = self._student[0].reports and not self._answering
+        outputs["sample_loss_sum"] = loss.cross_entropies.sum(dim=1) * reported
+        outputs["sample_tokens"] = mask.sum(dim=1) * reported
         if self._logged and self._sums is not None:
             self._sums.add(loss, source, mask)
         total = loss.total

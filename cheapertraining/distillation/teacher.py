@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from cheapertraining.config import ModelConfig
 from cheapertraining.distillation.targets import HiddenTargets, OutputHead
+from cheapertraining.distributed.parallelism import MESH_NAMES
+from cheapertraining.distributed.tensor_parallel import apply_tensor_parallel
 from cheapertraining.errors import UserError
 from cheapertraining.influence.store import model_fingerprint
 from cheapertraining.models.causal_lm import CausalLM, HeadInputs, attention_for, build_causal_lm, head_mismatch
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["DTYPES", "Quantization", "TeacherWrapper", "check_head", "head_of"]
 
 Quantization = Literal["8bit", "4bit"]
+_, SHARD, TENSOR = MESH_NAMES
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -163,8 +166,18 @@ class TeacherWrapper(nn.Module):
         after each use.
 
         Args:
-            mesh: of the student's parameters.
+            mesh: of the student's parameters; with a tensor parallel dimension all that the student has.
+
+        Raises:
+            UserError: tensor parallelism does not suit the teacher.
         """
+        if TENSOR in (mesh.mesh_dim_names or ()):
+            try:
+                apply_tensor_parallel(self.model.model, mesh[TENSOR])
+            except UserError as error:
+                raise UserError(f"teacher {self.name}: {error} Or use teacher.placement=replicated.") from error
+            self.model.vocabulary_group = mesh[TENSOR].get_group()
+            mesh = mesh[SHARD]
         for block in self.model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(self.model.model, mesh=mesh)

@@ -103,16 +103,36 @@ def _check_tensor_parallel(config: RunConfig, layout: Layout, needs: Collection[
             "layers and logits apart. Use compose.distributed=fsdp2, or a strategy that needs only training losses "
             "(odm, ado) or none (static, proportional, unimax, schedule)."
         )
-    for name in ("influence_scores", "distillation"):
-        if getattr(config.algorithms, name, None) is not None:
-            raise UserError(
-                f"algorithms.{name}: needs layers and logits in one piece, which tensor parallelism cuts. Use "
-                "compose.distributed=fsdp2, or leave it out."
-            )
+    if config.algorithms.influence_scores is not None:
+        raise UserError(
+            "algorithms.influence_scores: needs layers and logits in one piece, which tensor parallelism cuts. Use "
+            "compose.distributed=fsdp2, or leave it out."
+        )
+    if config.algorithms.distillation is not None:
+        _check_distilled_in_parts(config.algorithms.distillation)
     if config.data.seq_len % layout.tensor:
         raise UserError(
             f"data.seq_len: expected a multiple of the tensor parallel degree ({layout.tensor}), since sequences are "
             f"cut too, found {config.data.seq_len}. Use another degree."
+        )
+
+
+def _check_distilled_in_parts(settings: DistillationConfig) -> None:
+    """Ranks have whole hidden states behind the last layer alone, and a part of the vocabulary each."""
+    key, remedy = "algorithms.distillation", "Use compose.distributed=fsdp2"
+    for name in ("hidden", "relations", "on_policy"):
+        if getattr(settings, name) is not None:
+            why = "lets the student write from whole logits" if name == "on_policy" else "compares whole layers"
+            raise UserError(f"{key}.{name}: {why}, while tensor parallelism cuts them. {remedy}, or leave it out.")
+    if settings.teacher.kind == "adapters_off":
+        raise UserError(
+            f"{key}.teacher.kind: adapters_off needs a student with adapters, for which there is no tensor parallel "
+            f"plan. {remedy}, or another kind."
+        )
+    if settings.teacher.quantization is not None and settings.teacher.placement in ("auto", "sharded"):
+        raise UserError(
+            f"{key}.teacher.placement: {settings.teacher.placement} cuts the teacher as the student, but weights of "
+            f"few bits ({settings.teacher.quantization}) cannot be cut. Use replicated."
         )
 
 

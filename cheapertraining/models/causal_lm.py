@@ -208,13 +208,10 @@ class CausalLM(ComposerModel):
         """
         if self.objective is not None:
             return self.objective(outputs["head_inputs"], batch, outputs)
-        group = self.vocabulary_group
         losses, counted = self.token_losses(outputs["logits"], batch["labels"])
         sums, tokens = losses.sum(dim=1), counted.sum(dim=1)
-        # Ranks of one group see the same samples, of which sums over all ranks are to hold each once.
-        reported = 1 if group is None or dist.get_rank(group) == 0 else 0
-        outputs["sample_loss_sum"] = sums.detach() * reported
-        outputs["sample_tokens"] = tokens.detach() * reported
+        outputs["sample_loss_sum"] = sums.detach() * self.reports
+        outputs["sample_tokens"] = tokens.detach() * self.reports
         # A microbatch may hold nothing but prompt or padding; its loss is then zero, not 0/0.
         return sums.sum() / tokens.sum().clamp(min=1)
 
@@ -239,6 +236,12 @@ class CausalLM(ComposerModel):
     def update_metric(self, batch: Any, outputs: Any, metric: Metric) -> None:
         """Add one evaluated batch to a metric that takes per-sample loss sums and token counts."""
         metric.update(outputs["sample_loss_sum"], outputs["sample_tokens"])
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank is the one of its `vocabulary_group` that tells of the samples that all of them see: sums
+        over all ranks are to hold each sample once."""
+        return self.vocabulary_group is None or dist.get_rank(self.vocabulary_group) == 0
 
     @property
     def blocks(self) -> list[nn.Module]:
