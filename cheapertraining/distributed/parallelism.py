@@ -9,9 +9,10 @@ from collections.abc import Collection, Mapping
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from cheapertraining.config import DistillationConfig, ParallelismConfig, RunConfig
+from cheapertraining.config import DistillationConfig, OnlineMixingConfig, ParallelismConfig, RunConfig
 from cheapertraining.distributed.layout import Layout, plan_layout
 from cheapertraining.errors import UserError
+from cheapertraining.influence.preconditioners import FITTED
 from cheapertraining.mixing.signals import GRAM, INFLUENCE, PROBE_LOSSES, REFERENCE
 
 __all__ = ["MESH_NAMES", "Layout", "build_mesh", "check_together", "data_rank", "plan_layout"]
@@ -74,6 +75,11 @@ def check_together(
         _check_pipeline(config, layout, precision, needs)
     if layout.tensor > 1 or parallelism.tp is not None:
         _check_tensor_parallel(config, layout, needs)
+    if layout.engine != "replicas" and mixing is not None and INFLUENCE in needs and mixing.influence.scorer == "loop":
+        raise UserError(
+            "algorithms.online_mixing.influence.scorer: loop takes gradients of parameters in one piece. Use forward, "
+            "microbatch, or compose.distributed=ddp."
+        )
     if (
         mixing is not None
         and INFLUENCE in needs
@@ -95,14 +101,8 @@ def check_together(
 
 
 def _check_tensor_parallel(config: RunConfig, layout: Layout, needs: Collection[str]) -> None:
-    mixing = config.algorithms.online_mixing
-    missing = [_CUT_APART[signal] for signal in needs if signal in _CUT_APART]
-    if mixing is not None and missing:
-        raise UserError(
-            f"algorithms.online_mixing.strategy: '{mixing.strategy}' {missing[0]}, while tensor parallelism cuts "
-            "layers and logits apart. Use compose.distributed=fsdp2, or a strategy that needs only training losses "
-            "(odm, ado) or none (static, proportional, unimax, schedule)."
-        )
+    if config.algorithms.online_mixing is not None:
+        _check_measured_in_parts(config.algorithms.online_mixing, needs)
     if config.algorithms.influence_scores is not None:
         raise UserError(
             "algorithms.influence_scores: needs layers and logits in one piece, which tensor parallelism cuts. Use "
@@ -133,6 +133,27 @@ def _check_distilled_in_parts(settings: DistillationConfig) -> None:
         raise UserError(
             f"{key}.teacher.placement: {settings.teacher.placement} cuts the teacher as the student, but weights of "
             f"few bits ({settings.teacher.quantization}) cannot be cut. Use replicated."
+        )
+
+
+def _check_measured_in_parts(mixing: OnlineMixingConfig, needs: Collection[str]) -> None:
+    """Losses and whole gradients are to be had where layers are cut; what goes through a single layer is not."""
+    key = "algorithms.online_mixing"
+    remedy = "while tensor parallelism cuts layers apart. Use compose.distributed=fsdp2"
+    if GRAM in needs:
+        raise UserError(
+            f"{key}.strategy: '{mixing.strategy}' multiplies gradients of single samples, layer by layer, {remedy}, or "
+            "another strategy (influence, grape, skillit, aioli, doremi, odm, ado)."
+        )
+    if INFLUENCE in needs and mixing.influence.scorer == "hook":
+        raise UserError(
+            f"{key}.influence.scorer: hook watches what goes through single layers, {remedy}, or scorer forward or "
+            "microbatch."
+        )
+    if INFLUENCE in needs and mixing.strategy == "influence" and mixing.influence.metric in FITTED:
+        raise UserError(
+            f"{key}.influence.metric: {mixing.influence.metric} is fitted to single layers, {remedy}, or metric raw "
+            "or adam."
         )
 
 
@@ -198,7 +219,7 @@ def _check_distilled_pipeline(settings: DistillationConfig) -> None:
 
 def _casts_parameters(parallelism: ParallelismConfig) -> bool:
     settings = parallelism.fsdp2 or parallelism.fsdp
-    return settings is not None and settings.mixed_precision != "FULL"
+    return parallelism.tp is not None if settings is None else settings.mixed_precision != "FULL"
 
 
 def _watches_backward(config: RunConfig) -> str | None:

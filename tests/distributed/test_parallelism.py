@@ -81,7 +81,10 @@ def test_a_dict_of_composers_trains_fsdp2() -> None:
 @pytest.mark.parametrize(
     ("layout", "precision", "overrides", "message"),
     [
-        ("tp", "fp32", [], "'influence'.*tensor parallelism"),
+        ("tp", "fp32", ["algorithms.online_mixing.influence.scorer=hook"], "scorer: hook.*tensor parallelism"),
+        ("tp", "fp32", ["algorithms.online_mixing.influence.metric=ekfac"], "metric: ekfac.*tensor parallelism"),
+        ("tp", "amp_bf16", [], "mixed_precision: FULL"),
+        ("fsdp2", "fp32", ["algorithms.online_mixing.influence.scorer=loop"], "scorer: loop"),
         ("tp", "fp32", ["algorithms.online_mixing.strategy=pike"], "'pike'.*tensor parallelism"),
         ("fsdp2_tp", "fp32", ["algorithms.online_mixing=null", "algorithms.influence_scores={}"], "influence_scores"),
         ("tp", "fp32", ["algorithms.online_mixing=null", "data.seq_len=127"], "data.seq_len: expected a multiple"),
