@@ -21,8 +21,8 @@ from composer.utils import dist
 from torch import nn
 
 from cheapertraining.errors import UserError
-from cheapertraining.influence.losses import token_losses
-from cheapertraining.influence.model_access import model_losses
+from cheapertraining.influence.losses import IGNORED
+from cheapertraining.influence.model_access import losses_of_logits, model_losses
 from cheapertraining.influence.probes import ProbeBank
 from cheapertraining.influence.scorers import SourceInfluence
 from cheapertraining.influence.scorers.accumulation import MicrobatchEstimator
@@ -165,8 +165,8 @@ class OnlineMixing(Algorithm):
             loss = state.loss if torch.is_tensor(state.loss) else next(iter(state.loss))
             loss.register_hook(self._factors.append)
         elif event == Event.AFTER_BACKWARD:
-            outputs: Any = state.outputs
-            tokens = outputs["sample_tokens"].sum()
+            # Not those that the outputs report, which of ranks that see the same samples one does.
+            tokens = (state.batch["labels"][:, 1:] != IGNORED).sum()
             scale = self._factors.pop().double() / tokens.clamp_min(1)
             estimator.mark(state.batch["source"], tokens, scale)
 
@@ -217,10 +217,11 @@ class OnlineMixing(Algorithm):
             if "token_losses" in outputs:  # of a model that makes no logits as a whole
                 own: torch.Tensor = outputs["token_losses"]
             else:
-                own, _ = token_losses(outputs["logits"].detach(), state.batch["labels"])
+                own, _ = losses_of_logits(state.model, outputs["logits"].detach(), state.batch["labels"])
             with get_precision_context(state.precision, state.precision_config):
                 other, _ = model_losses(self.reference, state.batch)
-        return (own.double() - other.double()).clamp(min=0).sum(dim=1)
+        # Of ranks that see the same samples one reports them.
+        return (own.double() - other.double()).clamp(min=0).sum(dim=1) * (outputs["sample_tokens"] > 0)
 
     def _add_microbatch(self, batch: Any, outputs: Any, excess: torch.Tensor | None = None) -> None:
         try:
