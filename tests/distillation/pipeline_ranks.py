@@ -28,10 +28,11 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "top_k": (f"{_KEY}.cache={{folder}}/top_k", f"{_KEY}.divergence=reverse_kl", f"{_KEY}.alpha=0.7"),
 }
 """Overrides by objective; ``teacher`` and ``folder`` are to be filled in."""
+OPTIMIZERS = {"live": "sgd", "sampled": "adamw", "top_k": "sgd"}
 
 UNTIED = ("model.tie_embeddings=false",)
 RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "live-gpipe": ("live", "gpipe", ("model.tie_embeddings=false",)),
+    "live-gpipe": ("live", "gpipe", UNTIED),
     "live-1f1b": ("live", "1f1b", ()),
     "live-interleaved": ("live", "interleaved", (f"{_KEY}.teacher.placement=offloaded",)),
     "sampled-gpipe": ("sampled", "gpipe", ()),
@@ -65,13 +66,14 @@ def work(rank: int, ranks: int, path: Path) -> None:
     os.chdir(folder / f"rank{rank}")
     for name, (learned, schedule, overrides) in RUNS.items():
         choice = (f"run_name={name}", f"parallelism.pp.schedule={schedule}", *overrides)
-        run_once(config_of(path, "pp", *objective(learned, folder, "teacher"), *choice), algorithms=RAGGED)
+        run_once(config_of(path, "pp", *objective(learned, folder, "teacher"), *choice), OPTIMIZERS[learned], RAGGED)
     for name in ("live-1f1b", "sampled-1f1b"):
         if rank == 0:
             resume_from(path, f"{name}-resumed", checkpoint_of(folder / "runs", name, SAVED_AT))
         dist.barrier()
-        choice = ("autoresume=true", f"run_name={name}-resumed", *RUNS[name][2])
-        run_once(config_of(path, "pp", *objective(RUNS[name][0], folder, "teacher"), *choice), algorithms=RAGGED)
+        learned, _, overrides = RUNS[name]
+        choice = ("autoresume=true", f"run_name={name}-resumed", *overrides)
+        run_once(config_of(path, "pp", *objective(learned, folder, "teacher"), *choice), OPTIMIZERS[learned], RAGGED)
     said = {}
     for teacher in ("nowhere", "other", "short"):  # of another vocabulary, of a smaller context
         choice = (f"run_name={teacher}", f"{_KEY}.teacher.path={teacher}")

@@ -13,7 +13,7 @@ import torch
 
 from cheapertraining.distributed.parallelism import check_together, plan_layout
 from cheapertraining.errors import UserError
-from tests.distillation.pipeline_ranks import EVALUATED_AT, RUNS, SAVED_AT, STEPS, objective, twin, work
+from tests.distillation.pipeline_ranks import EVALUATED_AT, OPTIMIZERS, RUNS, SAVED_AT, STEPS, objective, twin, work
 from tests.distillation.tiny import TEACHER, save_teacher, write_cache
 from tests.distributed.ranks import checkpoint_of
 from tests.processes import run_on_ranks
@@ -43,12 +43,11 @@ def path(tiny_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         model=FOUR_LAYERS,
         eval_loader={"batch_size": 4, "interval": f"{EVALUATED_AT}ba", "subset_num_batches": 2, "first": False},
     )
-    for name in {twin(run): run for run in RUNS}.items():
-        alone, run = name
+    for alone, run in {twin(run): run for run in RUNS}.items():
         learned, _, overrides = RUNS[run]
         shape = [each for each in overrides if each.startswith("model.")]
         config = config_of(path, "single", f"run_name={alone}", *objective(learned, folder, str(teacher)), *shape)
-        run_once(config, algorithms=RAGGED)
+        run_once(config, OPTIMIZERS[learned], RAGGED)
     run_on_ranks(work, path)
     return path
 
@@ -87,7 +86,7 @@ def test_a_pipeline_learns_what_one_process_does(run: str, path: Path) -> None:
 @pytest.mark.parametrize("run", RUNS)
 def test_it_logs_what_one_process_does(run: str, path: Path) -> None:
     """Each number once; the loss by source and evaluation are plain cross-entropy."""
-    for beginning, least in (("distillation/", 15), ("loss/train/", 4), ("metrics/", 4)):
+    for beginning, least in (("distillation/", 15), ("loss/train/", 4), ("metrics/", 4), ("gradient/norm", 1)):
         found, wanted = (_logged(path, name, beginning) for name in (run, twin(run)))
         assert found.keys() == wanted.keys()
         assert len(wanted) >= least
