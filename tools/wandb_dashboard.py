@@ -46,6 +46,15 @@ class Panel:
     log_y: bool = False
 
 
+_DISTILLATION = {
+    "Divergence and losses": "^distillation/(total|cross_entropy|divergence|kl|hidden|relations)$",
+    "Agreement of student and teacher": "^distillation/(agreement|acceptance)$",
+    "Entropy of teacher and student": "^distillation/(teacher|student)_entropy$",
+    "Share of the divergence, temperature": "^distillation/(alpha|temperature)$",
+    "Distillation by source": "^distillation/[^/]+/.+$",
+}
+
+
 def panels() -> list[Panel]:
     """All panels there are, in the order of the vocabulary's groups."""
     of = {entry.pattern: entry.wandb_regex for entry in VOCABULARY}
@@ -56,6 +65,7 @@ def panels() -> list[Panel]:
         Panel("loss", "Loss on the probes", "^metrics/probe/.+/TokenCrossEntropy$"),
         Panel("mixture", "What batches are drawn with", of["mixture/sampled/{source}"], "area"),
         Panel("mixture", "Newest weights", of["mixture/weight/{source}"]),
+        Panel("mixture", "Weights in the training loss", of["mixture/objective/{source}"]),
         Panel("mixture", "Share of all tokens so far", of["mixture/share/{source}"], "area"),
         Panel("mixture", "Tokens by source", of["mixture/tokens/{source}"]),
         Panel("mixture", "Passes over each source", of["mixture/epochs/{source}"]),
@@ -65,6 +75,7 @@ def panels() -> list[Panel]:
         Panel("influence", "Standard errors of influence", of["mixture/score_se/{direction}/{source}"]),
         Panel("influence", "Last influence matrix", "pictures/influence", "media"),
         Panel("influence", "Probe loss at decisions", of["mixture/probe_loss/{probe}"]),
+        Panel("influence", "Weights of probes at decisions", of["mixture/probe_weight/{probe}"]),
         Panel("influence", "Predicted and realized change of the probe loss", "^fidelity/.+$"),
         Panel("influence", "Squared gradient norms", of["mixture/gradient_norm2/{source}"], needs="gradients"),
         Panel("influence", "Gradient variances", of["mixture/gradient_variance/{source}"], needs="gradients"),
@@ -72,14 +83,14 @@ def panels() -> list[Panel]:
         Panel("influence", "Their standard errors", "^influence/score_se/.+$", needs="influence_scores"),
         Panel("influence", "Influence summed over the run", "^influence/total/.+$", needs="influence_scores"),
         Panel("influence", "Probe loss of the directions", "^influence/probe_loss/.+$", needs="influence_scores"),
-        Panel("distillation", "Divergence, entropy, agreement", "^distillation/[^/]+$", needs="distillation"),
-        Panel("distillation", "The same by source", "^distillation/[^/]+/.+$", needs="distillation"),
+        *(Panel("distillation", title, regex, needs="distillation") for title, regex in _DISTILLATION.items()),
         Panel("speed", "Tokens per second", of["throughput/tokens_per_sec"]),
         Panel("speed", "Samples and batches per second", "^throughput/(samples|batches)_per_sec$"),
-        Panel("speed", "Share of time: mixing, waiting for data", "^(mixture/overhead|time/data_wait)$"),
+        Panel("speed", "Share of time: algorithms, waiting for data", "^([a-z]+/overhead|time/data_wait)$"),
         Panel("speed", "FLOP per second", of["throughput/flops_per_sec"]),
         Panel("speed", "By device", "^throughput/device/.+$"),
-        Panel("speed", "Memory", of["memory/{stat}"], needs="cuda"),
+        Panel("speed", "Main memory", of["memory/host_peak"]),
+        Panel("speed", "Memory of the GPU", "^memory/(current|peak|alloc)_.+$", needs="cuda"),
         Panel("speed", "Hours", "^time/(train|val|total)$"),
         Panel("optimization", "Norm of the gradient, before clipping", of["gradient/norm"], log_y=True),
         Panel("optimization", "Norm of the weights", of["weight/norm"]),

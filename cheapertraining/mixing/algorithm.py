@@ -8,7 +8,6 @@ interval it measures, decides and changes the mixture.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,12 @@ from cheapertraining.influence.scorers.accumulation import MicrobatchEstimator
 from cheapertraining.influence.scorers.gram import GradientEstimator, SourceGradients
 from cheapertraining.influence.scorers.sources import SourceEstimator
 from cheapertraining.mixing.agreement import agreed
+from cheapertraining.mixing.by_source import sums_by_source
 from cheapertraining.mixing.controller import Decision, MixtureController, Totals
 from cheapertraining.mixing.measuring import read_probes
 from cheapertraining.mixing.records import append_lines, drop_later, metrics_of, note_source_changes
 from cheapertraining.mixing.signals import GRAM, PROBE_LOSSES, REFERENCE, ProbeReading
+from cheapertraining.timing import TimeShare
 
 __all__ = ["OnlineMixing"]
 
@@ -45,10 +46,11 @@ class OnlineMixing(Algorithm):
 
     Metrics, every ``log_interval`` batches and at each decision, for each source: ``mixture/weight/<s>``
     (newest), ``mixture/sampled/<s>`` (of the batch just trained on), ``mixture/tokens/<s>``,
-    ``mixture/epochs/<s>``, ``loss/train/<s>`` (mean since the last such log). At each decision also
-    ``mixture/overhead``, the share of step time that all of this has taken since training (re)started; and
-    where influence was measured ``mixture/score/<probe>/<s>``, ``mixture/score_se/<probe>/<s>``,
-    ``mixture/probe_loss/<probe>``; where gradients were, ``mixture/gradient_norm2/<s>`` and
+    ``mixture/epochs/<s>``, ``loss/train/<s>`` and ``mixture/objective/<s>`` (mean loss, and share of the tokens that
+    it was taken over, since the last such log), and ``mixture/overhead``, the share of step time that all of this has
+    taken since training (re)started. At each decision also, where influence was measured,
+    ``mixture/score/<probe>/<s>``, ``mixture/score_se/<probe>/<s>``, ``mixture/probe_loss/<probe>`` and
+    ``mixture/probe_weight/<probe>``; where gradients were, ``mixture/gradient_norm2/<s>`` and
     ``mixture/gradient_variance/<s>``.
 
     Composer saves the state of rank 0 alone, so everything in it is the same on all ranks.
@@ -105,9 +107,8 @@ class OnlineMixing(Algorithm):
         self._batch_sums: torch.Tensor | None = None
         self._pending: torch.Tensor | None = None
         self._factors: list[torch.Tensor] = []  # With which a microbatch's loss goes into its backward pass.
-        self._mixing_seconds = 0.0
-        self._step_seconds = 0.0
-        self._step_started: float | None = None
+        self._time = TimeShare()
+        self._device = torch.device("cpu")
 
     @staticmethod
     def required_on_load() -> bool:
@@ -131,21 +132,22 @@ class OnlineMixing(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.FIT_START:
+            self._device = state.device.tensor_to_device(torch.zeros(())).device
             if self.reference is not None:
                 self.reference.to(next(state.model.parameters()).device)
             self._begin(int(state.timestamp.batch))
         elif event == Event.BATCH_START:
-            self._step_started = time.perf_counter()
+            self._time.begin_step()
         elif event == Event.BEFORE_TRAIN_BATCH:
             self._batch_sums = None  # A batch is tried again with smaller microbatches when memory ran out.
         elif event == Event.AFTER_LOSS:
-            self._add_microbatch(state.batch, state.outputs, self._excess(state))
+            with self._time.part(self._device):
+                self._add_microbatch(state.batch, state.outputs, self._excess(state))
         elif event == Event.BATCH_END:
             self._end_batch(state, logger)
         if isinstance(self.estimator, MicrobatchEstimator) and event not in (Event.FIT_START, Event.BATCH_END):
-            started = time.perf_counter()
-            self._watch(event, state, self.estimator)
-            self._mixing_seconds += time.perf_counter() - started
+            with self._time.part(self._device):
+                self._watch(event, state, self.estimator)
 
     def _watch(self, event: Event, state: State, estimator: MicrobatchEstimator) -> None:
         """Let the estimator see each training pass."""
@@ -232,37 +234,29 @@ class OnlineMixing(Algorithm):
                 f"'source' in the batch, found no {error}. Use models from cheapertraining.models and "
                 "loaders from cheapertraining.data."
             ) from error
-        count = len(self.controller.source_names)
-        # A sum over a one-hot matrix, since scatter-adds on a GPU differ in the last bits from run to run.
-        one_hot = (source[None, :] == torch.arange(count, device=source.device)[:, None]).to(sums.device, torch.float64)
-        rows = [sums, tokens.to(sums.device)] + ([] if excess is None else [excess.to(sums.device)])
-        added = (torch.stack([row.detach().double() for row in rows])[:, None, :] * one_hot[None]).sum(dim=2)
+        rows = [sums, tokens] if excess is None else [sums, tokens, excess]
+        added = sums_by_source(rows, source, len(self.controller.source_names))
         self._batch_sums = added if self._batch_sums is None else self._batch_sums + added
 
     def _end_batch(self, state: State, logger: Logger) -> None:
         batch = int(state.timestamp.batch)
         due = self.controller.due(batch)
-        if due and torch.cuda.is_available():
-            torch.cuda.synchronize()  # Or the step's own kernels would count as ours.
-        started = time.perf_counter()
-        if self._batch_sums is not None:
-            dist.all_reduce(self._batch_sums)
-            self._pending = self._batch_sums if self._pending is None else self._pending + self._batch_sums
-            self._batch_sums = None
-        if isinstance(self.estimator, MicrobatchEstimator):
-            self.estimator.end_batch()
+        logs = due or batch % self.log_interval == 0
         metrics: dict[str, float] = {}
-        if due:
-            metrics |= self._decide(state, batch)
-        if due or batch % self.log_interval == 0:
-            metrics |= self._course(batch)
-        now = time.perf_counter()
-        self._mixing_seconds += now - started
-        self._step_seconds += now - (started if self._step_started is None else self._step_started)
-        if due:
-            metrics["mixture/overhead"] = self._mixing_seconds / max(self._step_seconds, 1e-9)
-        if metrics:
-            logger.log_metrics(metrics)
+        with self._time.part(self._device):
+            if self._batch_sums is not None:
+                dist.all_reduce(self._batch_sums)
+                self._pending = self._batch_sums if self._pending is None else self._pending + self._batch_sums
+                self._batch_sums = None
+            if isinstance(self.estimator, MicrobatchEstimator):
+                self.estimator.end_batch()
+            if due:
+                metrics |= self._decide(state, batch)
+            if logs:
+                metrics |= self._course(batch)
+        self._time.end_step()
+        if logs:
+            logger.log_metrics(metrics | {"mixture/overhead": self._time.read()})
 
     def _decide(self, state: State, batch: int) -> dict[str, float]:
         self._flush()
@@ -275,7 +269,7 @@ class OnlineMixing(Algorithm):
         wish = self.controller.propose(batch, measured, learning_rate, gradients=gradients, probe_losses=reading)
         weights = agreed(wish, self.controller.source_names)
         self._write(self.controller.commit(batch, weights, measured, learning_rate, probe_losses=reading))
-        return metrics_of(measured, gradients, reading)
+        return metrics_of(measured, gradients, reading, self.controller.probe_importance)
 
     def _measure(self, state: State) -> SourceInfluence:
         assert self.estimator is not None
@@ -304,7 +298,7 @@ class OnlineMixing(Algorithm):
             mixture.weights_at(batch - 1),
             mixture.counts(),
         )
-        losses = controller.totals.mean_since(self._logged)
+        losses, objective = controller.totals.mean_since(self._logged), controller.totals.share_since(self._logged)
         self._logged = controller.totals
         metrics: dict[str, float] = {}
         for k, name in enumerate(controller.source_names):
@@ -312,6 +306,7 @@ class OnlineMixing(Algorithm):
             metrics[f"mixture/sampled/{name}"] = sampled[name]
             metrics[f"mixture/tokens/{name}"] = float(counts.tokens[k])
             metrics[f"mixture/epochs/{name}"] = float(counts.epochs[k])
+            metrics[f"mixture/objective/{name}"] = float(objective[k])
             if losses[k] == losses[k]:  # NaN: the source did not come.
                 metrics[f"loss/train/{name}"] = float(losses[k])
         return metrics

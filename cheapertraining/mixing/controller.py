@@ -141,6 +141,11 @@ class Totals:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(tokens > 0, (self.losses - earlier.losses) / tokens, np.nan)
 
+    def share_since(self, earlier: Totals) -> Array:
+        """Share of each source in the tokens between two totals, which is its weight in their mean loss; 0 without."""
+        tokens = self.tokens - earlier.tokens
+        return np.asarray(tokens / max(float(tokens.sum()), 1.0))
+
     def by_name(self, names: Sequence[str]) -> dict[str, list[float | None]]:
         """JSON-able: ``[losses, tokens]`` of each source. A loss that is not finite becomes None."""
         return {
@@ -220,6 +225,11 @@ class MixtureController:
     def needs_influence(self) -> bool:
         """Whether a decision wants a measurement."""
         return self._needs(INFLUENCE)
+
+    @property
+    def probe_importance(self) -> dict[str, float]:
+        """The probes' weights in the objective as of the last wish, of strategies that move them; else nothing."""
+        return dict(getattr(self.strategy, "probe_importance", {}))
 
     def record(self, loss_sums: Array, tokens: Array, excess_sums: Array | None = None) -> None:
         """Add training losses since the last call, summed over all ranks.

@@ -11,30 +11,46 @@ from typing import Any
 from cheapertraining.influence.scorers import SourceInfluence
 from cheapertraining.influence.scorers.gram import SourceGradients
 from cheapertraining.mixing.controller import Decision
-from cheapertraining.mixing.signals import ProbeReading
+from cheapertraining.mixing.signals import Array, ProbeReading
 
 __all__ = ["append_lines", "drop_later", "metrics_of", "note_source_changes"]
 
 
 def metrics_of(
-    measured: SourceInfluence | None, gradients: SourceGradients | None, reading: ProbeReading | None
+    measured: SourceInfluence | None,
+    gradients: SourceGradients | None,
+    reading: ProbeReading | None,
+    importance: Mapping[str, float],
 ) -> dict[str, float]:
-    """What a decision's measurements add to the log, by metric name."""
+    """What a decision's measurements add to the log, by metric name.
+
+    Args:
+        measured, gradients, reading: as far as the strategy needs them.
+        importance: weights of probes in the objective that the strategy has in place of those given.
+    """
     metrics: dict[str, float] = {}
     if measured is not None:
         for row, direction in enumerate(measured.directions):
             for k, source in enumerate(measured.sources):
                 metrics[f"mixture/score/{direction}/{source}"] = float(measured.scores[row, k])
                 metrics[f"mixture/score_se/{direction}/{source}"] = float(measured.errors[row, k])
-        for probe, loss in zip(measured.probes, measured.probe_losses, strict=True):
-            metrics[f"mixture/probe_loss/{probe}"] = float(loss)
+        metrics |= _probes(measured, importance, measured.probe_weights, measured.probe_losses)
     if gradients is not None:
         for k, source in enumerate(gradients.sources):
             metrics[f"mixture/gradient_norm2/{source}"] = float(gradients.squared_norms[k])
             metrics[f"mixture/gradient_variance/{source}"] = float(gradients.variances[k])
     if reading is not None:
-        for probe, loss in zip(reading.probes, reading.losses, strict=True):
-            metrics[f"mixture/probe_loss/{probe}"] = float(loss)
+        metrics |= _probes(reading, importance, reading.weights, reading.losses)
+    return metrics
+
+
+def _probes(
+    seen: SourceInfluence | ProbeReading, importance: Mapping[str, float], weights: Array, losses: Array
+) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for probe, weight, loss in zip(seen.probes, weights, losses, strict=True):
+        metrics[f"mixture/probe_weight/{probe}"] = float(importance.get(probe, weight))
+        metrics[f"mixture/probe_loss/{probe}"] = float(loss)
     return metrics
 
 

@@ -90,6 +90,13 @@ VOCABULARY: tuple[Entry, ...] = (
     ),
     Entry("mixture/weight/{source}", "share", "mixture", "Newest sampling weight; used after the lag."),
     Entry("mixture/sampled/{source}", "share", "mixture", "Sampling weight that this batch was drawn with."),
+    Entry(
+        "mixture/objective/{source}",
+        "share",
+        "mixture",
+        "Weight of the source in the training loss: its share of the tokens that this was taken over since the line "
+        "before, which padding and masked questions keep from being the sampling weight.",
+    ),
     Entry("mixture/share/{source}", "share", "mixture", "Share of all tokens so far that were of the source."),
     Entry("mixture/tokens/{source}", "tokens", "mixture", "Tokens (padding included) seen of the source."),
     Entry("mixture/epochs/{source}", "passes", "mixture", "Passes over the source so far."),
@@ -114,6 +121,13 @@ VOCABULARY: tuple[Entry, ...] = (
         "strategy",
     ),
     Entry("mixture/probe_loss/{probe}", "nats/token", "influence", "Probe loss at a decision.", "strategy"),
+    Entry(
+        "mixture/probe_weight/{probe}",
+        "share",
+        "influence",
+        "Weight of the probe in what a decision works towards; `grape` and `influence.robust` move it.",
+        "strategy",
+    ),
     Entry(
         "mixture/gradient_norm2/{source}", "1", "influence", "Squared norm of the source's mean gradient.", "strategy"
     ),
@@ -161,11 +175,19 @@ VOCABULARY: tuple[Entry, ...] = (
         "option",
     ),
     Entry(
+        "distillation/overhead",
+        "share",
+        "speed",
+        "Wall time of all steps so far that the teacher took: its passes, texts of the student's own, averages of its "
+        "weights; not the loss, which stands in place of cross-entropy (`algorithms.distillation`).",
+        "option",
+    ),
+    Entry(
         "distillation/{what}",
         "nats/token",
         "distillation",
         "Divergence, entropy and cross-entropy, in all and by source; `agreement` and `acceptance` are shares, "
-        "`alpha` and `temperature` plain numbers (`algorithms.distillation`).",
+        "`alpha`, `temperature` and `weight/<source>` (`source_weights`) plain numbers (`algorithms.distillation`).",
         "option",
     ),
     Entry("throughput/batches_per_sec", "batches/s", "speed", "Over the window, evaluation left out.", "window"),
@@ -173,8 +195,23 @@ VOCABULARY: tuple[Entry, ...] = (
     Entry("throughput/tokens_per_sec", "tokens/s", "speed", "Over the window, all devices.", "window"),
     Entry("throughput/flops_per_sec", "FLOP/s", "speed", "Over the window, all devices.", "window"),
     Entry("throughput/device/{what}", "1/s", "speed", "The same a device; `mfu` is a share of its peak.", "window"),
-    Entry("mixture/overhead", "share", "speed", "Wall time of all steps so far that mixing took.", "strategy"),
+    Entry(
+        "mixture/overhead",
+        "share",
+        "speed",
+        "Wall time of all steps so far that mixing took (`algorithms.online_mixing`).",
+        "option",
+    ),
+    Entry(
+        "influence/overhead",
+        "share",
+        "speed",
+        "Wall time of all steps so far that directions and reading scores took; scoring itself makes training's passes "
+        "slower, by what docs/influence.md measures (`algorithms.influence_scores`).",
+        "option",
+    ),
     Entry("time/data_wait", "share", "speed", "Wall time since the line before spent waiting for batches."),
+    Entry("memory/host_peak", "GB", "speed", "Most main memory that the process of rank 0 has held (resident)."),
     Entry("memory/{stat}", "GB or count", "speed", "CUDA's allocator, as Composer's MemoryMonitor names it.", "cuda"),
     Entry("time/train", "hours", "speed", "Wall time spent training."),
     Entry("time/val", "hours", "speed", "Wall time spent evaluating."),

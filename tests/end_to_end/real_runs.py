@@ -35,8 +35,15 @@ __all__ = [
 
 ROOT = Path(__file__).parents[2]
 RECORDER = Path(__file__).with_name("record_runs.py")
-_TIMING = ("time", "time/data_wait", "mixture/overhead")
-"""Logged numbers that are measured seconds, so they differ between equal runs."""
+_TIMING = (
+    "time",
+    "time/data_wait",
+    "mixture/overhead",
+    "influence/overhead",
+    "distillation/overhead",
+    "memory/host_peak",
+)
+"""Logged numbers that are measured seconds or memory, so they differ between equal runs."""
 
 
 def write_yaml(path: Path, compose_data: Path, **changes: Any) -> Path:

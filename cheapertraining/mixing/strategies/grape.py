@@ -52,6 +52,7 @@ class GRAPEStrategy:
 
     def reset(self, sources: Sequence[SourceInfo], prior: Array, horizon_tokens: int) -> None:
         self._last_batch: int | None = None
+        self.probe_importance: dict[str, float] = {}
         self._probes: dict[str, float | None] = {}
 
     def propose(self, signals: Signals) -> Array | None:
@@ -69,6 +70,7 @@ class GRAPEStrategy:
         improvement = measured.scores @ signals.sampling_weights / np.maximum(measured.probe_losses, 1e-12)
         urgency = exponentiated(urgency, -step * improvement / self.mu_probes)
         self._probes = by_name(measured.probes, urgency)
+        self.probe_importance = dict(zip(measured.probes, urgency.tolist(), strict=True))
         return exponentiated(signals.sampling_weights, step * (urgency @ measured.scores) / self.mu_weights)
 
     def state_dict(self) -> dict[str, Any]:

@@ -128,6 +128,7 @@ class InfluenceStrategy:
         self._mean = np.zeros(len(prior))
         self._error2 = np.zeros(len(prior))
         self._variance = np.zeros(len(prior))
+        self.probe_importance: dict[str, float] = {}
         self._urgency: dict[str, float] = {}  # log(z / v) by probe.
         self._looks: list[tuple[float, float]] = []  # Predicted and realized changes of the objective.
 
@@ -170,7 +171,9 @@ class InfluenceStrategy:
             urgency = (1 - _PULL) * urgency - (gains - gains.mean()) / np.abs(gains).mean()
         self._urgency = dict(zip(measured.probes, urgency.tolist(), strict=True))
         importance: Array = measured.probe_weights * np.exp(urgency - urgency.max())
-        return np.asarray(importance / importance.sum())
+        importance = importance / importance.sum()
+        self.probe_importance = dict(zip(measured.probes, importance.tolist(), strict=True))
+        return importance
 
     def _unfaithful(self, signals: Signals, measured: SourceInfluence, *, noisy: bool) -> bool:
         """Whether predictions have not come true of late; takes in the newest comparison."""
