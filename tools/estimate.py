@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from cheapertraining.errors import UserError
+from cheapertraining.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from cheapertraining.config import RunConfig
     from cheapertraining.distributed.estimate import Memory, Plan, Shape
     from cheapertraining.distributed.throughput import GPU, Speed
+
+ROOM = 0.9
+"""Share of a GPU's memory to plan for: the allocator's fragments and the libraries' workspaces have the rest."""
 
 
 def read_run(name: str, overrides: list[str]) -> RunConfig:
@@ -66,9 +69,11 @@ def report(shape: Shape, plan: Plan, gpu: GPU, memory: Memory, speed: Speed, tok
     lines = [f"{shape.parameters / 1e9:.2f}G parameters on {plan.ranks} GPUs: {sizes}; {batches}"]
     for name, value in vars(memory).items():
         lines.append(f"  {name:<12}{value / 1e9:9.2f} GB")
-    room = 0.9 * gpu.memory  # the allocator's fragments and the libraries' workspaces have the rest
+    room = ROOM * gpu.memory
     verdict = "fits" if memory.total <= room else "does not fit"
-    lines.append(f"  {'total':<12}{memory.total / 1e9:9.2f} GB of {gpu.memory / 1e9:.0f} ({verdict} into 90% of it)")
+    lines.append(
+        f"  {'total':<12}{memory.total / 1e9:9.2f} GB of {gpu.memory / 1e9:.0f} ({verdict} into {ROOM:.0%} of it)"
+    )
     bound = "communication" if speed.communication > speed.compute else "arithmetic"
     lines.append(
         f"  {speed.tokens_per_second:,.0f} tokens/s ({speed.tokens_per_second / plan.ranks:,.0f} a GPU), MFU "
@@ -80,31 +85,46 @@ def report(shape: Shape, plan: Plan, gpu: GPU, memory: Memory, speed: Speed, tok
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> int:
-    """Estimate and return the exit code: 0, or 2 where the user can put something right."""
+def estimate(options: argparse.Namespace) -> str:
+    """What the command line asks for, as :func:`report` puts it.
+
+    Raises:
+        UserError: an option or key, or a layout or batch that this number of GPUs cannot have.
+    """
     from cheapertraining.distributed.estimate import estimate_memory, plan_of_run, shape_of_model
+    from cheapertraining.distributed.parallelism import check_together, plan_layout
     from cheapertraining.distributed.throughput import GPUS, estimate_speed
 
+    if options.gpu not in GPUS:
+        near = nearest(options.gpu, GPUS)
+        raise UserError(f"--gpu: expected one of {', '.join(GPUS)}, found '{options.gpu}'.{near}")
+    for name in ("gpus", "nodes", "network", "utilization"):
+        if getattr(options, name) is not None and getattr(options, name) <= 0:
+            raise UserError(f"--{name}: expected a number above 0, found {getattr(options, name)}.")
+    run, gpu, ranks = read_run(options.yaml, options.overrides), GPUS[options.gpu], options.gpus * options.nodes
+    shape = shape_of_model(run.model)
+    plan = plan_of_run(run, shape, ranks, on_gpu=True, teacher=read_teacher(run))
+    # What training would refuse is not worth planning.
+    check_together(run, plan_layout(run.parallelism, ranks), "amp_bf16" if plan.half else "fp32", on_gpu=True)
+    plan = replace(plan, ranks_per_node=options.gpus)
+    speed = estimate_speed(shape, plan, gpu, utilization=options.utilization, network=options.network * 1e9)
+    return report(shape, plan, gpu, estimate_memory(shape, plan), speed, options.tokens)
+
+
+def main(arguments: list[str]) -> int:
+    """Estimate and return the exit code: 0, or 2 where the user can put something right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("yaml", help="a run yaml, or a model yaml (llama_7b)")
     add("overrides", nargs="*", metavar="key=value", help="as for train.py")
-    add("--gpu", choices=sorted(GPUS), default="h100", help="default: %(default)s")
+    add("--gpu", default="h100", help="b200, h200, h100, a100, a100-40gb, l40s, rtx4090 (default: %(default)s)")
     add("--gpus", type=int, default=8, help="in a node (default: %(default)s)")
     add("--nodes", type=int, default=1, help="default: %(default)s")
-    add("--mfu", type=float, default=0.35, help="share of the peak that a GPU's arithmetic reaches (%(default)s)")
+    add("--utilization", type=float, help="share of the peak that arithmetic reaches (default: the GPU's, 0.4 or 0.6)")
     add("--network", type=float, default=50.0, metavar="GB/S", help="between nodes, a GPU (default: %(default)s)")
     add("--tokens", type=float, help="to train on, e.g. 1e12: how long it takes")
-    options = parser.parse_intermixed_args(arguments)
     try:
-        run = read_run(options.yaml, options.overrides)
-        shape, gpu = shape_of_model(run.model), GPUS[options.gpu]
-        ranks = options.gpus * options.nodes
-        plan = replace(
-            plan_of_run(run, shape, ranks, on_gpu=True, teacher=read_teacher(run)), ranks_per_node=options.gpus
-        )
-        speed = estimate_speed(shape, plan, gpu, mfu=options.mfu, network=options.network * 1e9)
-        print(report(shape, plan, gpu, estimate_memory(shape, plan), speed, options.tokens))
+        print(estimate(parser.parse_intermixed_args(arguments)))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

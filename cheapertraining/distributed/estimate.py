@@ -21,17 +21,20 @@ __all__ = [
     "Memory",
     "Plan",
     "Shape",
-    "activation_bytes",
     "estimate_memory",
+    "kept_bytes",
+    "layer_bytes",
+    "memory_by_stage",
     "memory_of_run",
     "plan_of_run",
     "shape_of_model",
 ]
 
 FLOAT, HALF = 4, 2
-CHUNK_LOGITS = {False: 1 << 22, True: 1 << 27}
-"""Logits that the distillation losses make at a time, on a CPU and on a GPU, but of no fewer tokens than these:"""
+CHUNK_LOGITS, BLOCK_LOGITS = {False: 1 << 22, True: 1 << 27}, {False: 1 << 18, True: 1 << 27}
+"""Logits that the distillation loss makes at a time, and works on at a time; on a CPU, and on a GPU (True)."""
 CHUNK_TOKENS = 128
+"""Tokens that it makes logits of, at least."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Shape:
         """Parameters of a decoder layer: four projections, three matrices of the MLP, two norms."""
         queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
         return self.hidden * (2 * queries + 2 * keys + 3 * self.intermediate + 2)
+
+    @property
+    def norms(self) -> int:
+        """Parameters of the norms of a layer, which tensor parallelism does not cut."""
+        return 2 * self.hidden
 
     @property
     def matrix(self) -> int:
@@ -91,9 +99,11 @@ class Plan:
         flash: attention that needs no mask for packed documents (flash_attention_2).
         checkpointing: only inputs of layers are kept for the backward pass.
         gathered_whole: FSDP2 keeps gathered layers till their backward pass (``reshard_after_forward: false``).
+        fsdp: whether FSDP gathers parameters; it does so under tensor parallelism too.
         mixed: ``mixed_precision`` of FSDP.
         offloaded: shards, gradients and optimizer state are in host memory (``cpu_offload``).
-        chunk: tokens whose logits exist at a time; None is all of a micro-batch.
+        chunk, block: tokens of the distillation loss whose logits exist at a time, and that elementwise work is done
+            on; None is the cross entropy of all of a micro-batch.
         teacher: bytes of a live teacher's weights.
         live: whether a teacher's logits are made beside the student's.
         ranks_per_node: GPUs in a node.
@@ -112,9 +122,11 @@ class Plan:
     flash: bool = True
     checkpointing: bool = False
     gathered_whole: bool = False
+    fsdp: bool = False
     mixed: Literal["DEFAULT", "PURE", "FULL"] = "DEFAULT"
     offloaded: bool = False
     chunk: int | None = None
+    block: int = 0
     teacher: float = 0.0
     live: bool = False
     ranks_per_node: int = 8
@@ -133,6 +145,11 @@ class Plan:
         """Bytes of a number that matrices multiply."""
         return HALF if self.half else FLOAT
 
+    @property
+    def cast(self) -> bool:
+        """Whether FSDP gathers parameters in half precision, and passes states between layers in it."""
+        return self.half and self.fsdp and self.mixed != "FULL"
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -140,8 +157,8 @@ class Memory:
 
     Attributes:
         parameters, gradients, optimizer: float32; two moments of AdamW.
-        gathered: whole layers of FSDP2 and their gradients before they are cut; half-precision copies of autocast;
-            DDP's buckets.
+        gathered: whole layers of FSDP and their gradients before they are cut; half-precision copies of autocast;
+            DDP's buckets; what a pipeline's stages receive and send.
         activations: kept for the backward pass, of a micro-batch, under a pipeline of all that are under way.
         logits: with their log-softmax and their gradient.
         teacher: its weights and logits.
@@ -217,6 +234,7 @@ def plan_of_run(
         schedule="1f1b" if parts.pp is None else parts.pp.schedule,
         stages_per_rank=1 if parts.pp is None else parts.pp.stages,
         checkpointing=parts.activation_checkpointing,
+        fsdp=layout.engine in ("fsdp", "fsdp2"),
         gathered_whole=parts.fsdp2 is not None and not parts.fsdp2.reshard_after_forward,
         mixed="DEFAULT" if sharding is None else sharding.mixed_precision,
         offloaded=sharding is not None and sharding.cpu_offload,
@@ -231,13 +249,14 @@ def _with_distillation(plan: Plan, config: RunConfig, shape: Shape, teacher: Sha
     from dataclasses import replace
 
     chunk = max(CHUNK_TOKENS, CHUNK_LOGITS[on_gpu] // shape.vocabulary)
+    block = max(1, BLOCK_LOGITS[on_gpu] // shape.vocabulary)
     live = settings.cache is None
     weights = 0.0
     if live and settings.teacher.kind == "average":
-        weights = float(shape.parameters * FLOAT / (plan.shard * plan.tensor))
+        weights = shape.parameters * FLOAT / (plan.shard * plan.tensor)
     elif live and settings.teacher.kind == "model" and teacher is not None:
         weights = _teacher_bytes(teacher, settings.teacher, plan, on_gpu)
-    return replace(plan, chunk=chunk, teacher=weights, live=live)
+    return replace(plan, chunk=chunk, block=block, teacher=weights, live=live)
 
 
 def _teacher_bytes(shape: Shape, who: TeacherConfig, plan: Plan, on_gpu: bool) -> float:
@@ -292,63 +311,150 @@ def shape_of_model(model: ModelConfig, vocabulary: int | None = None) -> Shape:
 
 
 # ---- formulas ----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Part:
+    """What the ranks of a pipeline stage have of a model; without a pipeline all of it.
+
+    Attributes:
+        layers: decoder layers.
+        first, last: whether the embedding, and whether norm and head are here.
+        under_way: layers of micro-batches whose activations are kept at a time.
+        logits_under_way: micro-batches whose log-softmax is kept besides the one at work.
+        messages: micro-batches' hidden states that are received or sent, for which there are buffers.
+    """
+
+    layers: int
+    first: bool
+    last: bool
+    under_way: int
+    logits_under_way: int = 0
+    messages: int = 0
+
+
 def estimate_memory(shape: Shape, plan: Plan) -> Memory:
-    """Memory of the fullest GPU: under a pipeline one at its ends, which have embedding or head besides layers."""
-    layers, outside = shape.layers / plan.stages, _outside(shape, plan)
-    here = layers * shape.block + outside
-    held = here / (plan.shard * plan.tensor)
-    gather = HALF if plan.half else FLOAT
-    if plan.shard > 1:
-        blocks = layers if plan.gathered_whole else min(2.0, layers)  # the one at work and the next
-        whole = (blocks * shape.block + outside) * gather + shape.block * (gather + FLOAT)
-        gathered = whole / plan.tensor
-    else:
-        gathered = held * (HALF if plan.half else 0) + (held * FLOAT if plan.replicate > 1 else 0)
+    """Memory of the fullest rank."""
+    return max(memory_by_stage(shape, plan), key=lambda memory: memory.total)
+
+
+def memory_by_stage(shape: Shape, plan: Plan) -> list[Memory]:
+    """Memory of each rank of the pipeline; one for all ranks where there is none."""
+    return [_memory_of(part, shape, plan) for part in _parts(shape, plan)]
+
+
+def layer_bytes(shape: Shape, plan: Plan) -> float:
+    """Bytes that a decoder layer of transformers keeps of a token of a rank's rows for its backward pass.
+
+    Twice: the input of a norm in float32, its normalized form, and what the matrices take of it: the product with the
+    norm's weight, or under autocast a copy for each of five matrices. Queries, keys and values (repeated for each
+    head), what attention gives, and that once more in the order of tokens. Of the MLP: gate, its SiLU, up, and their
+    product. A normalizer of each norm, a log-sum-exp of each head. Tensor parallelism cuts all but what it gathers for
+    the matrices, and the mask that sdpa has for packed documents.
+    """
+    width = shape.heads * shape.head_size
+    wide = plan.half and not plan.cast  # norms give float32, of which autocast makes copies
+    norms = 2 * (FLOAT + (HALF if plan.cast else FLOAT)) * shape.hidden
+    matrices = (5 if wide else 2) * plan.element * shape.hidden
+    inner = plan.element * (5 * width + 4 * shape.intermediate) + FLOAT * (2 + shape.heads)
+    mask = 0 if plan.flash else plan.element * plan.length
+    return (norms + inner) / plan.tensor + matrices + mask
+
+
+def _parts(shape: Shape, plan: Plan) -> list[_Part]:
+    if plan.stages == 1:
+        return [_Part(shape.layers, first=True, last=True, under_way=shape.layers)]
+    stages = plan_stages(shape.layers, plan.stages, plan.stages_per_rank)
+    every, parts = plan.microbatches, []
+    for rank in range(plan.stages):
+        here = stages.stages_of(rank)
+        layers = [len(stages.layers[stage]) for stage in here]
+        first, last = here[0] == 0, here[-1] == stages.stages - 1
+        after = plan.stages - 1 - rank
+        if plan.schedule == "gpipe":
+            passes = every
+        elif plan.schedule == "1f1b":
+            passes = min(every, after + 1)
+        else:  # torch's ScheduleInterleaved1F1B: so many passes forward before the first back, and one more
+            passes = min(every * len(here), (len(here) - 1) * plan.stages + 2 * after + 1)
+        # A buffer of each micro-batch for what comes, for gradients that come back, and what went is kept too.
+        messages = every * ((len(here) - first) + 2 * (len(here) - last))
+        behind = every - 1 if plan.schedule == "gpipe" and last else 0
+        parts.append(_Part(sum(layers), first, last, passes * max(layers), behind, messages))
+    return parts
+
+
+def _memory_of(part: _Part, shape: Shape, plan: Plan) -> Memory:
+    held = _held(part, shape, plan)
+    on_device = 0.0 if plan.offloaded else held * FLOAT
     tokens = plan.rows * plan.length
-    logits = (tokens if plan.chunk is None else min(plan.chunk, tokens)) * shape.vocabulary * 3 * FLOAT / plan.tensor
-    teacher = plan.teacher + (logits * 2 / 3 if plan.live else 0.0)
+    logits = _logits(shape, plan, tokens, part.logits_under_way) if part.last else 0.0
     return Memory(
-        parameters=held * FLOAT,
-        gradients=held * FLOAT,
-        optimizer=2 * held * FLOAT,
-        gathered=gathered,
-        activations=_activations(shape, plan, layers, tokens),
+        parameters=on_device,
+        gradients=on_device,
+        optimizer=2 * on_device,
+        gathered=_gathered(part, shape, plan, held, tokens),
+        activations=_kept(part, shape, plan) + _again(shape, plan, logits),
         logits=logits,
-        teacher=teacher,
+        teacher=(plan.teacher + _chunk(plan, tokens) * shape.vocabulary * FLOAT * plan.live) * part.last,
     )
 
 
-def activation_bytes(shape: Shape, half: bool, mask: int = 0) -> int:
-    """Bytes that a decoder layer of transformers keeps of a token for its backward pass.
-
-    Twice: the input of a norm and its normalized form, and what the matrices take: the product with the norm's weight,
-    or in half precision a copy for each of five matrices. Queries, keys and values (repeated for each head), what
-    attention gives, and that once more in the order of tokens. Of the MLP: gate, its SiLU, up, and their product.
-
-    Args:
-        shape: of the model.
-        half: whether matrices multiply in half precision (autocast).
-        mask: tokens of a row, where attention keeps a mask of numbers (sdpa with packed documents); 0 for none.
-    """
-    width, element = shape.heads * shape.head_size, HALF if half else FLOAT
-    norms = (4 * FLOAT + (5 * HALF if half else 2 * FLOAT)) * shape.hidden
-    # A normalizer of each norm, a log-sum-exp of each head.
-    small = FLOAT * (2 + shape.heads)
-    return norms + element * (5 * width + 4 * shape.intermediate + mask) + small
+def _held(part: _Part, shape: Shape, plan: Plan) -> float:
+    """Parameters of a rank."""
+    matrices, norms = part.layers * (shape.block - shape.norms), part.layers * shape.norms
+    if part.first or (part.last and plan.stages > 1):
+        matrices += shape.matrix
+    if part.first and part.last and not shape.tied:
+        matrices += shape.matrix
+    if part.last:
+        norms += shape.hidden
+    return (matrices / plan.tensor + norms) / plan.shard
 
 
-def _outside(shape: Shape, plan: Plan) -> float:
-    """Parameters beside the layers on the fullest rank."""
-    return shape.outside if plan.stages == 1 else shape.vocabulary * shape.hidden + shape.hidden
+def _gathered(part: _Part, shape: Shape, plan: Plan, held: float, tokens: int) -> float:
+    if plan.fsdp:
+        gather = HALF if plan.cast else FLOAT
+        reduced = HALF if plan.cast and plan.mixed == "PURE" else FLOAT
+        blocks = part.layers if plan.gathered_whole else min(2, part.layers)  # the one at work and the next
+        whole = (blocks * shape.block + shape.outside) * gather + shape.block * (gather + reduced)
+        copies = (part.layers * shape.block + shape.matrix) * HALF if plan.half and not plan.cast else 0.0
+        return (whole + copies) / plan.tensor
+    embedded = shape.matrix if part.first and not (part.last and shape.tied) else 0  # looked up, not multiplied
+    copies = (held - embedded) * HALF if plan.half else 0.0
+    buckets = held * FLOAT if plan.replicate > 1 else 0.0
+    return copies + buckets + part.messages * tokens * shape.hidden * FLOAT
 
 
-def _activations(shape: Shape, plan: Plan, layers: float, tokens: int) -> float:
-    whole = activation_bytes(shape, plan.half, 0 if plan.flash else plan.length)
-    kept = layers * FLOAT * shape.hidden + whole if plan.checkpointing else layers * whole
-    # Of the last norm and the head; cos and sin of the positions; ids and targets.
-    ends = (2 * FLOAT + (HALF if plan.half else FLOAT)) * shape.hidden + 2 * FLOAT * shape.head_size + 5 * FLOAT
-    under_way = 1
-    if plan.stages > 1:
-        every = plan.microbatches
-        under_way = every if plan.schedule == "gpipe" else min(every, plan.stages + plan.stages_per_rank - 1)
-    return tokens * (kept + ends) * under_way / plan.tensor
+def kept_bytes(shape: Shape, plan: Plan) -> float:
+    """What autograd keeps of a micro-batch for its backward pass, but for the logits' log-softmax; no pipeline."""
+    return _kept(_parts(shape, plan)[0], shape, plan)
+
+
+def _kept(part: _Part, shape: Shape, plan: Plan) -> float:
+    ends = (2 * FLOAT * shape.hidden / plan.tensor + plan.element * shape.hidden) if part.last else 0.0
+    ends += 2 * FLOAT * shape.head_size + 5 * FLOAT  # cos and sin of the positions; ids and targets
+    if plan.checkpointing:
+        each = (HALF if plan.cast else FLOAT) * shape.hidden / plan.tensor  # the layer's input
+    else:
+        each = layer_bytes(shape, plan)
+    return plan.rows * plan.length * (part.under_way * each + ends)
+
+
+def _again(shape: Shape, plan: Plan, logits: float) -> float:
+    """Of a checkpointed layer that runs once more, when of the logits only they and their gradient are left."""
+    return max(0.0, plan.rows * plan.length * layer_bytes(shape, plan) - logits / 2) if plan.checkpointing else 0.0
+
+
+def _logits(shape: Shape, plan: Plan, tokens: int, behind: int) -> float:
+    """Of the loss: logits, log-softmax, and its gradient before and after; half-precision ones are kept besides."""
+    each = shape.vocabulary / plan.tensor
+    if plan.chunk is not None:
+        # Those of a chunk, and five temporaries of a block; the head's gradient, and in half precision two copies.
+        head = (FLOAT + (2 * FLOAT if plan.cast else 0)) * shape.matrix
+        return (_chunk(plan, tokens) + 5 * min(plan.block, tokens)) * each * FLOAT + head
+    if plan.tensor > 1:  # cross entropy over a cut vocabulary works in place
+        return 3 * FLOAT * tokens * each
+    return tokens * each * (3 * FLOAT + plan.element + behind * FLOAT)
+
+
+def _chunk(plan: Plan, tokens: int) -> int:
+    return tokens if plan.chunk is None else min(plan.chunk, tokens)
