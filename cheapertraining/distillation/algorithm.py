@@ -38,6 +38,7 @@ from cheapertraining.errors import UserError, nearest
 from cheapertraining.influence.model_access import unwrap
 from cheapertraining.models.causal_lm import CausalLM, HeadInputs
 from cheapertraining.models.stages import PipelinedLM
+from cheapertraining.timing import TimeShare
 
 __all__ = ["Distillation", "OnPolicy", "Placement"]
 
@@ -80,7 +81,8 @@ class Distillation(Algorithm):
     Metrics, every ``log_interval`` batches, of the batch just trained on, over all ranks, under ``distillation/``:
     ``total``, ``cross_entropy``, ``divergence`` (at the temperature, without weights), ``alpha``, ``temperature``, and
     as far as the targets tell ``agreement`` (top-1), ``kl``, ``teacher_entropy``, ``student_entropy``, ``acceptance``
-    (of the student's drafts in speculative decoding), each also ``…/<source>``; ``hidden`` and ``relations``.
+    (of the student's drafts in speculative decoding), each also ``…/<source>``; ``hidden`` and ``relations``;
+    ``weight/<source>`` where there are weights; and ``overhead``, the share of step time that the teacher has taken.
 
     Args:
         teacher: a model, a cache, or what makes a teacher of the student: :class:`AdapterOffTeacher`, or
@@ -138,6 +140,8 @@ class Distillation(Algorithm):
         self._extra: dict[str, Tensor] = {}
         self._answering = False
         self._sums: AgreementSums | None = None
+        self._time = TimeShare()
+        self._device = torch.device("cpu")
         self._weights = self._source_weights(source_weights or {})
         self._check()
 
@@ -160,12 +164,15 @@ class Distillation(Algorithm):
         if event == Event.FIT_START:
             self._begin(state)
         elif event == Event.BATCH_START:
-            self._answer(state)
+            self._time.begin_step()
+            with self._time.part(self._device):
+                self._answer(state)
         elif event == Event.BEFORE_TRAIN_BATCH:
             # A batch is tried again with smaller microbatches when memory ran out.
             self._sums = AgreementSums(self.sources, self._weights.device)
         elif event == Event.BEFORE_FORWARD:
-            self._listen(state)
+            with self._time.part(self._device):
+                self._listen(state)
         elif event == Event.AFTER_LOSS:
             self._student[0].objective = None
             self._heard = None
@@ -206,10 +213,10 @@ class Distillation(Algorithm):
         if not self._staged:
             check_head(student, "distillation: the student")
         self._student[:] = [student]
-        device = state.device.tensor_to_device(torch.zeros(())).device
-        self._weights = self._weights.to(device)
+        self._device = state.device.tensor_to_device(torch.zeros(())).device
+        self._weights = self._weights.to(self._device)
         with failing_together():
-            self._meet_teacher(student, state, device)
+            self._meet_teacher(student, state, self._device)
         if self.layers is not None:
             self.layers.begin(student, self._live[0].model)
             self.layers.load_state_dict(self._restored.get("layers", {}))
@@ -348,7 +355,9 @@ class Distillation(Algorithm):
     # ---- after the step ------------------------------------------------------------------------------------
     def _end_batch(self, state: State, logger: Logger) -> None:
         if (average := self._average()) is not None:
-            average.update()
+            with self._time.part(self._device):
+                average.update()
+        self._time.end_step()
         if self.layers is not None:
             scaler = state.scaler
             scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
@@ -360,7 +369,16 @@ class Distillation(Algorithm):
             found |= {f"kl{name.removeprefix('divergence')}": x for name, x in found.items() if "divergence" in name}
         found |= {"alpha": self._now[0], "temperature": self._now[1]}
         found |= {name: float(value) for name, value in self._extra.items()}
+        found["overhead"] = self._overhead()
+        if self._weighted:
+            found |= {f"weight/{name}": float(x) for name, x in zip(self.sources, self._weights.tolist(), strict=True)}
         logger.log_metrics({f"distillation/{name}": value for name, value in found.items()})
+
+    def _overhead(self) -> float:
+        """The teacher's share of the time, on the rank where it is largest; a collective call."""
+        share = torch.tensor(self._time.read(), device=self._device)
+        dist.all_reduce(share, reduce_operation="MAX")
+        return float(share)
 
     # ---- settings ------------------------------------------------------------------------------------------
     def _average(self) -> AverageTeacher | None:

@@ -28,6 +28,7 @@ from cheapertraining.influence.parameters import Directions, Layers
 from cheapertraining.influence.preconditioners import EKFAC
 from cheapertraining.influence.probes import ProbeBank
 from cheapertraining.influence.scorers.fused import FusedScorer
+from cheapertraining.timing import TimeShare
 
 __all__ = ["FUSED_ESTIMATORS", "InfluenceScores"]
 
@@ -45,7 +46,8 @@ class InfluenceScores(Algorithm):
     loss), and ``influence/score_se/<probe>/<source>``. Over the whole run, ``influence/total/<probe>/<source>``: the
     fall of the probe's loss, in nats, that the source's samples have brought to first order, each weighted as it
     entered its step and times the learning rate (TracIn, 2002.08484, over every step instead of checkpoints). At each
-    refresh ``influence/probe_loss/<probe>``.
+    refresh ``influence/probe_loss/<probe>``. Of all steps' time, ``influence/overhead`` is the share of directions and
+    of reading the scores; how much scoring slows the passes themselves, docs/influence.md measures.
 
     ``datainf`` takes each microbatch as its own Fisher set; ``ekfac`` keeps its factors up on a microbatch of every
     16th batch. It and ``adam`` begin with the second batch. Composer saves the state
@@ -97,6 +99,8 @@ class InfluenceScores(Algorithm):
         self._scorer: FusedScorer | None = None
         self._armed: contextlib.ExitStack | None = None
         self._factors: list[torch.Tensor] = []
+        self._time = TimeShare()
+        self._device = torch.device("cpu")
         self._observed = -1
 
     def __repr__(self) -> str:
@@ -120,16 +124,22 @@ class InfluenceScores(Algorithm):
                 self._begin(state)
         elif event == Event.BATCH_START:
             self._whole = state.batch
-            self._refresh(state, logger)
+            self._time.begin_step()
+            with self._time.part(self._device):
+                self._refresh(state, logger)
         elif event == Event.BEFORE_FORWARD:
-            self._arm(state)
+            with self._time.part(self._device):
+                self._arm(state)
         elif event == Event.AFTER_LOSS:
             loss = state.loss if torch.is_tensor(state.loss) else next(iter(state.loss))
             loss.register_hook(self._factors.append)
         elif event == Event.AFTER_BACKWARD:
-            self._read(state)
-        elif int(state.timestamp.batch) % self.log_interval == 0:
-            self._log(logger)
+            with self._time.part(self._device):
+                self._read(state)
+        else:
+            self._time.end_step()
+            if int(state.timestamp.batch) % self.log_interval == 0:
+                self._log(logger)
 
     def state_dict(self) -> dict[str, Any]:
         if self._calculator is None:  # before training
@@ -160,6 +170,7 @@ class InfluenceScores(Algorithm):
         estimator = "dot" if self.estimator == "datainf" else self.estimator
         calculator = InfluenceCalculator(state.model, self._probes, estimator, optimizer=optimizer, **self._options)
         device = next(iter(calculator.parameters.values())).device
+        self._device = state.device.tensor_to_device(torch.zeros(())).device
         shape = len(self.sources), len(self._probes)
         self._calculator = calculator
         self._window = GroupSums(*shape, device)
@@ -207,7 +218,7 @@ class InfluenceScores(Algorithm):
         if isinstance(curvature, EKFAC) and self._observed != step and (curvature.wants(step) or not curvature.ready):
             self._observed = step
             tokens = int((self._whole["labels"][:, 1:] != IGNORED).sum())
-            scale = _loss_scaler(state) / max(1, tokens)
+            scale = float(_loss_scaler(state, self._device)) / max(1, tokens)
             self._armed.enter_context(curvature.observing(state.model, state.batch, loss_scale=scale))
         if self._scorer is not None:
             self._armed.enter_context(self._scorer.armed(state.batch))
@@ -229,11 +240,13 @@ class InfluenceScores(Algorithm):
         scores = torch.where(finite[:, None], found.scores.double(), 0.0)
         source = state.batch["source"]
         self._window.add(scores, found.tokens * finite, source)
-        step = float(state.optimizers[0].param_groups[0]["lr"]) / (_loss_scaler(state) * dist.get_world_size())
+        rate = float(state.optimizers[0].param_groups[0]["lr"]) / dist.get_world_size()
+        step = rate / _loss_scaler(state, self._device)
         self._recent.index_add_(0, source, scores * factor * step)
 
     def _log(self, logger: Logger) -> None:
         """Log by source what has come since the last log, over all ranks, and forget it."""
+        overhead = self._time.read()
         if self._scorer is None:
             return
         means, errors = self._window.means(over_ranks=True)
@@ -250,9 +263,11 @@ class InfluenceScores(Algorithm):
                 for place, column in enumerate(self._probes)
                 if not math.isnan(float(table[row, place]))
             }
+            | {"influence/overhead": overhead}
         )
 
 
-def _loss_scaler(state: State) -> float:
-    """What losses are multiplied by against underflow."""
-    return float(state.scaler.get_scale()) if state.scaler is not None and state.scaler.is_enabled() else 1.0
+def _loss_scaler(state: State, device: torch.device) -> torch.Tensor:
+    """What losses are multiplied by against underflow, a scalar on the device: ``get_scale`` would wait for it."""
+    one = torch.ones((), dtype=torch.float64, device=device)
+    return state.scaler.scale(one) if state.scaler is not None and state.scaler.is_enabled() else one  # type: ignore[no-any-return,no-untyped-call]

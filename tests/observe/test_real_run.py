@@ -21,7 +21,8 @@ NOT_HERE = {
     # What this run has no use for; each has a reason.
     "mixture/gradient_norm2/{source}",  # strategies that compare gradients: doge, pike, rnb
     "mixture/gradient_variance/{source}",
-    "distillation/{what}",  # refused beside influence_scores
+    "distillation/overhead",  # refused beside influence_scores
+    "distillation/{what}",
     "memory/{stat}",  # CUDA
 }
 
@@ -130,14 +131,15 @@ def wandb_names(folder: Path) -> set[str]:
     from wandb.proto import wandb_internal_pb2
     from wandb.sdk.internal.datastore import DataStore
 
-    (log,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    store, names = DataStore(), set()
-    store.open_for_scan(str(log))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        # Of a picture or a table come several: the key, then what W&B keeps of it.
-        names |= {item.key or item.nested_key[0] for item in record.history.item}
+    names = set()
+    for log in folder.glob("wandb/offline-run-*/run-*.wandb"):
+        store = DataStore()
+        store.open_for_scan(str(log))
+        while (data := store.scan_data()) is not None:
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            # Of a picture or a table come several: the key, then what W&B keeps of it.
+            names |= {item.key or item.nested_key[0] for item in record.history.item}
     return names
 
 
