@@ -6,6 +6,8 @@ RunHealth(interval=10)      # Trainer(callbacks=[...])
 from __future__ import annotations
 
 import math
+import resource
+import sys
 import time
 from collections.abc import Iterable
 from typing import Any, cast
@@ -20,6 +22,7 @@ from torch import nn
 from cheapertraining.distributed.algorithm import GradientClipping
 from cheapertraining.distributed.clipping import clip_gradient_norm
 from cheapertraining.observe.console import say
+from cheapertraining.observe.events import EVENTS, NONFINITE, SPIKES
 
 __all__ = ["RunHealth", "SpikeDetector", "parameter_norm"]
 
@@ -57,10 +60,11 @@ class SpikeDetector:
 
 
 class RunHealth(Callback):
-    """Log ``gradient/norm``, ``weight/norm``, ``time/data_wait`` and the counts ``event/*``.
+    """Log ``gradient/norm``, ``weight/norm``, ``time/data_wait``, ``memory/host_peak`` and the counts ``event/*``.
 
-    All of it every ``interval`` batches; a loss spike or a loss that is not finite at once, with a line on the console.
-    Between two lines nothing waits for the device. The norm is that of gradient clipping where it is on.
+    All of it every ``interval`` batches; a loss spike or a loss that is not finite at once, with a line on the console
+    (of several in a row, one). Between two lines nothing waits for the device. The norm is that of gradient clipping
+    where it is on; without, gradients that are not finite are seen at the lines alone.
 
     Args:
         interval: batches between lines.
@@ -71,7 +75,11 @@ class RunHealth(Callback):
         self._spike = SpikeDetector()
         self._spikes = 0
         self._nonfinite = 0
-        self._unread: torch.Tensor | None = None  # gradients that were not finite, counted on the device
+        # On the device: whether the gradient of the batch at hand is bad, and in how many batches it was that are not
+        # counted yet.
+        self._bad: torch.Tensor | None = None
+        self._unread: torch.Tensor | None = None
+        self._infinite = self._streak = 0  # batches in a row without a finite loss, and spikes: the first is told
         self._norm: torch.Tensor | None = None
         self._wait_started = 0.0
         self._waited = 0.0
@@ -109,37 +117,47 @@ class RunHealth(Callback):
             self._norm = clipping.norm
         elif (state.timestamp.batch.value + 1) % self.interval == 0:
             self._norm = clip_gradient_norm(state.model, math.inf)
-        if self._norm is not None:
-            bad = (~self._norm.isfinite()).long()
-            self._unread = bad if self._unread is None else self._unread + bad
+        # Without clipping it is looked at now and then alone.
+        self._bad = None if self._norm is None else (~self._norm.isfinite()).long()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        batch = state.timestamp.batch.value
-        event = self._look_at(state.total_loss_dict.get("loss/train/total"))
-        if event is not None and dist.get_global_rank() == 0:
-            say(f"batch {batch}: {event}")
+        batch, before = state.timestamp.batch.value, (self._spikes, self._nonfinite)
+        loss = state.total_loss_dict.get("loss/train/total")
+        words = None if loss is None else self._look_at(loss)
+        if words is not None:
+            self._say(batch, words)
         if batch % self.interval == 0:
             self._log(state, logger)
-        elif event is not None:
-            logger.log_metrics(self._counts())
+        elif before != (self._spikes, self._nonfinite):
+            logger.log_metrics(self._counts(batch))
 
-    def _look_at(self, loss: float | None) -> str | None:
-        """Count what is wrong with a batch's loss, and put it in words."""
-        if loss is None:
-            return None
+    def _look_at(self, loss: float) -> str | None:
+        """Count what is wrong with a batch, and put it in words where they are news."""
         if not math.isfinite(loss):
             self._nonfinite += 1
-            return (
-                f"the loss is not finite ({loss}). If that stays so, resume from a checkpoint with a lower optimizer.lr"
-            )
-        if self._spike(loss):
-            self._spikes += 1
-            return f"loss spike: {loss:.3f}, where the mean of late was {self._spike.mean:.3f}"
-        return None
+            self._infinite += 1
+            self._bad = None  # the same batch is not counted twice
+            return f"the loss is not finite ({loss}). {EVENTS[NONFINITE].advice}" if self._infinite == 1 else None
+        self._infinite = 0
+        if self._bad is not None:
+            self._unread = self._bad if self._unread is None else self._unread + self._bad
+            self._bad = None
+        if not self._spike(loss):
+            self._streak = 0
+            return None
+        self._spikes += 1
+        self._streak += 1
+        words = f"loss spike: {loss:.3f}, where the mean of late was {self._spike.mean:.3f}. {EVENTS[SPIKES].advice}"
+        return words if self._streak == 1 else None
+
+    def _say(self, batch: int, words: str) -> None:
+        if dist.get_global_rank() == 0:
+            say(f"batch {batch}: {words}")
 
     def _log(self, state: State, logger: Logger) -> None:
         now = time.perf_counter()
-        metrics = self._counts()
+        metrics = self._counts(state.timestamp.batch.value)
+        metrics["memory/host_peak"] = _host_peak()
         metrics["time/data_wait"] = self._waited / max(now - self._since, 1e-9)
         self._since, self._waited = now, 0.0
         if (norm := parameter_norm(state.model)) is not None:
@@ -149,14 +167,18 @@ class RunHealth(Callback):
             self._norm = None
         logger.log_metrics(metrics)
 
-    def _counts(self) -> dict[str, float]:
-        self._read()
-        return {"event/loss_spikes": float(self._spikes), "event/nonfinite": float(self._nonfinite)}
+    def _counts(self, batch: int) -> dict[str, float]:
+        bad = self._read()
+        if bad and not self._infinite:  # of a loss that is not finite either, it was said
+            self._say(batch, f"gradients were not finite, batches of late: {bad}. {EVENTS[NONFINITE].advice}")
+        return {SPIKES: float(self._spikes), NONFINITE: float(self._nonfinite)}
 
-    def _read(self) -> None:
-        if self._unread is not None:
-            self._nonfinite += int(self._unread)
-            self._unread = None
+    def _read(self) -> int:
+        """Count the batches that the device knows of; returns how many."""
+        bad = 0 if self._unread is None else int(self._unread)
+        self._nonfinite += bad
+        self._unread = None
+        return bad
 
 
 def parameter_norm(model: nn.Module) -> float | None:
@@ -182,6 +204,12 @@ def parameter_norm(model: nn.Module) -> float | None:
         norm: Any = torch.nn.utils.get_total_norm(tensors)
         total += float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) ** 2
     return math.sqrt(total)
+
+
+def _host_peak() -> float:
+    """GB; Linux counts it in KiB, macOS in bytes."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def _square_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -35,21 +35,39 @@ class Pictures(Callback):
 
     def __init__(self, mixture: MixedDataset, interval: int = 100) -> None:
         self.mixture, self.interval = mixture, interval
+        # (batch, weights that it was drawn with) where they changed: a resumed mixture knows those from then on alone.
+        self._course: list[tuple[int, dict[str, float]]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The mixture's course; JSON-able."""
+        return {"course": [list(change) for change in self._course]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue as :meth:`state_dict` left off."""
+        self._course = [(int(batch), dict(weights)) for batch, weights in state.get("course", [])]
 
     def batch_end(self, state: State, logger: Logger) -> None:
         assert state.max_duration is not None
         batch = state.timestamp.batch.value
+        weights = self.mixture.weights_at(batch - 1)
+        if not self._course or self._course[-1][1] != weights:
+            self._course.append((batch, weights))
         if (batch % self.interval and state.timestamp < state.max_duration) or dist.get_global_rank() != 0:
             return
         names = self.mixture.source_names
-        at = np.unique(np.linspace(0, batch - 1, 200).astype(int))
-        weights = [self.mixture.weights_at(int(step)) for step in at]
-        shares = np.array([[each[name] for name in names] for each in weights])
-        self._log(logger, "pictures/mixture", mixture_picture(at + 1, shares, names), batch)
+        self._log(logger, "pictures/mixture", mixture_picture(*self._shares(batch), names), batch)
         mixing = next((each for each in state.algorithms if isinstance(each, OnlineMixing)), None)
         history = [] if mixing is None else [decision for decision in mixing.controller.history if decision.scores]
         if history:
             self._log(logger, "pictures/influence", score_picture(history[-1].scores, history[-1].errors, names), batch)
+
+    def _shares(self, batch: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Where weights changed and on the eve of it, up to ``batch``, and the shares there ``[n, K]``."""
+        names, starts = self.mixture.source_names, [start for start, _ in self._course]
+        ends = [max(start, after - 1) for start, after in zip(starts, [*starts[1:], batch + 1], strict=True)]
+        at = np.array([starts, ends]).T.reshape(-1)
+        shares = np.array([[weights.get(name, 0.0) for name in names] for _, weights in self._course])
+        return at, shares.repeat(2, axis=0)
 
     def _log(self, logger: Logger, name: str, picture: Pixels, batch: int) -> None:
         # In a table, W&B's client would ask its server first, and training wait for the answer.

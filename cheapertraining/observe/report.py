@@ -9,6 +9,7 @@ Neither Composer nor torch is needed, so a report can be drawn while the run goe
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from cheapertraining.observe import charts
+from cheapertraining.observe.events import EVENTS
 from cheapertraining.observe.page import Block, figure, page, paragraph, preformatted, rows
 from cheapertraining.observe.run_folder import RunFolder, Series, read_run
 
@@ -114,7 +116,7 @@ def _losses(run: RunFolder) -> list[Block]:
     return [
         figure(
             charts.run_lines(run, "Training loss by source", by_source, _NATS, run.sources),
-            "No loss by source was logged: that is part of algorithms.online_mixing.",
+            "No loss by source was logged.",
         ),
         figure(
             charts.run_lines(run, "Held-out loss by source", heldout, _NATS, run.sources), "No held-out evaluation."
@@ -127,10 +129,12 @@ def _mixture(run: RunFolder) -> list[Block]:
     order = run.sources
     missing = "The mixture was not logged."
     weights, share = run.by_place("mixture/sampled/{source}"), run.by_place("mixture/share/{source}")
+    objective = run.by_place("mixture/objective/{source}")
     epochs, left = run.by_place("mixture/epochs/{source}"), run.by_place("mixture/tokens_left/{source}")
     return [
         figure(charts.area(run, "What batches are drawn with", weights, order), missing),
         figure(charts.area(run, "Share of all tokens so far", share, order), missing),
+        *([figure(charts.area(run, "Weights in the training loss", objective, order), "")] if objective else []),
         figure(charts.run_lines(run, "Passes over each source", epochs, "passes", order), missing),
         figure(charts.run_lines(run, "Tokens left of each source", left, "tokens", order), missing),
     ]
@@ -160,6 +164,9 @@ def _influence(run: RunFolder) -> list[Block]:
         for what in ("predicted", "realized")
         for name, series in run.by_place(f"fidelity/{what}/{{direction}}").items()
     }
+    importance = run.by_place("mixture/probe_weight/{probe}")
+    if len(importance) > 1:
+        blocks.append(figure(charts.run_lines(run, "Weights of the probes in decisions", importance, "share"), ""))
     if changes:
         title = "Change of the probe loss between decisions"
         blocks.append(figure(charts.run_lines(run, title, changes, _NATS), ""))
@@ -204,8 +211,13 @@ def _distillation(run: RunFolder) -> list[Block]:
 
 
 def _speed(run: RunFolder) -> list[Block]:
-    shares = {"mixing": "mixture/overhead", "waiting for data": "time/data_wait"}
-    memory = {name.removeprefix("memory/"): s for name, s in run.metrics.items() if name.startswith("memory/")}
+    shares = {
+        "mixing": "mixture/overhead",
+        "influence scores": "influence/overhead",
+        "teacher": "distillation/overhead",
+        "waiting for data": "time/data_wait",
+    }
+    memory = {n.removeprefix("memory/"): s for n, s in run.metrics.items() if re.fullmatch("memory/.*(mem|peak)", n)}
     hours = {name: run.metrics[f"time/{name}"] for name in ("train", "val", "total") if f"time/{name}" in run.metrics}
     figures = [
         _one(run, "Tokens per second", "throughput/tokens_per_sec", "tokens / s"),
@@ -253,11 +265,15 @@ def _events(run: RunFolder) -> list[Block]:
             weights = sorted(entry.get("weights", {}).items(), key=lambda pair: -pair[1])[:4]
             shown = ", ".join(f"{name} {weight:.0%}" for name, weight in weights)
             found.append((float(entry.get("batch", 0)), f"mixture from batch {entry['from_batch']} on: {shown}"))
-    for name, what in (("event/loss_spikes", "loss spike"), ("event/nonfinite", "loss or gradient not finite")):
+    for name, event in EVENTS.items():
         if name in run.metrics:
             series = run.metrics[name]
-            rises = np.diff(np.append(0.0, series.values)) > 0
-            found += [(float(step), what) for step in series.steps[rises]]
+            rises = np.diff(np.append(0.0, series.values))
+            found += [
+                (float(step), f"{event.what}{f' in {rise:.0f} batches' if rise > 1 else ''}. {event.advice}")
+                for step, rise in zip(series.steps, rises, strict=True)
+                if rise > 0
+            ]
     if not found:
         return [paragraph("Nothing but training: no change of the mixture, no loss spike, every number finite.")]
     return [rows(["batch", "what"], [[f"{batch:,.0f}", what] for batch, what in sorted(found)])]

@@ -45,6 +45,7 @@ from cheapertraining.observe.checkpoints import LATEST, LoadSharded, check_resum
 from cheapertraining.observe.environment import environment
 from cheapertraining.observe.report import write_report
 from cheapertraining.observe.stages import LoadStages
+from cheapertraining.training.resumed import put_in_force, settings_of
 
 __all__ = ["train"]
 
@@ -97,6 +98,8 @@ def _run(config: RunConfig, device: Device, precision: Precision) -> Trainer:
         loaders = [LoadStages(checkpoint)]
     elif checkpoint is not None and checkpoint.is_dir():
         loaders = [LoadSharded(checkpoint)]
+    optimizer = build_optimizer(config.optimizer, model)
+    settings = settings_of(optimizer)
     trainer = Trainer(
         model=model,
         train_dataloader=split_by_source(build_train_spec(loader, layout.copies), config),
@@ -104,7 +107,7 @@ def _run(config: RunConfig, device: Device, precision: Precision) -> Trainer:
         eval_interval=config.eval_loader.interval,
         eval_subset_num_batches=config.eval_loader.subset_num_batches,
         max_duration=config.max_duration,
-        optimizers=build_optimizer(config.optimizer, model),
+        optimizers=optimizer,
         schedulers=build_scheduler(config.scheduler, config.max_duration),
         algorithms=algorithms,
         callbacks=[*loaders, *build_callbacks(config, loader, folder, device)],
@@ -123,6 +126,8 @@ def _run(config: RunConfig, device: Device, precision: Precision) -> Trainer:
         deterministic_mode=config.deterministic,
         dist_timeout=config.parallelism.dist_timeout,
     )
+    if checkpoint is not None:
+        put_in_force(trainer.state, settings)
     bound_waiting(config.parallelism.dist_timeout)
     trainer.logger.log_hyperparameters(asdict(config))
     try:

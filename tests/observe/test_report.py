@@ -18,6 +18,7 @@ from cheapertraining.errors import UserError
 from cheapertraining.observe import JsonlLogger
 from cheapertraining.observe.charts import POINTS, thin
 from cheapertraining.observe.comparison import comparison, differences
+from cheapertraining.observe.events import EVENTS, SPIKES
 from cheapertraining.observe.report import report, write_report
 from cheapertraining.observe.run_folder import LOG_VERSION, read_run
 from tools import report as tool
@@ -74,7 +75,7 @@ def test_names_cannot_end_the_script_that_holds_them(tmp_path: Path) -> None:
 
 def test_spikes_and_events_are_told(tmp_path: Path) -> None:
     page = report(read_run(write_log(tmp_path / "a", 30)))
-    assert "<td>20</td><td>loss spike</td>" in page
+    assert f"<td>20</td><td>loss spike. {EVENTS[SPIKES].advice}</td>" in page
 
 
 def test_half_written_folders_are_drawn_with_what_they_have(tmp_path: Path) -> None:
