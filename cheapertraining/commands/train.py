@@ -34,7 +34,8 @@ def main(arguments: list[str]) -> int:
             print(f"{arguments[0]}: {len(config.data.sources)} sources, {config.max_duration}. Starting …", flush=True)
             from cheapertraining.observe.startup import startup_lines
 
-            print(*startup_lines(config, processes), sep="\n", flush=True)
+            for line in startup_lines(config, processes):
+                print(line, flush=True)
         from cheapertraining.training import train
 
         begun = True
