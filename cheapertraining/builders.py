@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
 from composer.core import Algorithm, Callback, DataSpec, Evaluator, State
+from composer.core.data_spec import default_split_batch
 from composer.loggers import LoggerDestination, WandBLogger
 from composer.optim import ComposerScheduler
 from composer.utils import dist
@@ -94,6 +95,8 @@ from cheapertraining.observe.stages import StagesCheckpointSaver
 
 Device = Literal["cpu", "gpu"]
 Precision = Literal["fp32", "amp_bf16", "amp_fp16"]
+Split = Callable[[Any, int], Sequence[Any]]
+_COUNTS = "token_counts"
 _WANDB_MODES = ("online", "offline", "disabled", "dryrun", "run", "shared")
 
 
@@ -192,11 +195,24 @@ def count_tokens(batch: Batch) -> dict[str, int]:
     """Tokens that are not padding, and those that count in the loss.
 
     With the second, Composer weights microbatches and ranks by their loss tokens, so that the gradient is that of the
-    mean over all tokens of the global batch however it is split.
+    mean over all tokens of the global batch however it is split. It asks again for each microbatch once that is on
+    the device, where counting would wait for all that the device has still to do: :func:`counted` has noted it.
     """
+    noted: Any = batch.get(_COUNTS)
+    if noted is not None:
+        return cast(dict[str, int], noted)
     mask = batch.get("attention_mask")
     total = batch["input_ids"].numel() if mask is None else int(mask.sum())
     return {"total": total, "loss_generating": int((batch["labels"] != -100).sum())}
+
+
+def counted(split: Split) -> Split:
+    """``split`` (a data spec's ``split_batch``), whose microbatches carry their :func:`count_tokens`."""
+
+    def split_and_count(batch: Any, microbatch_size: int) -> list[Any]:
+        return [{**part, _COUNTS: count_tokens(part)} for part in split(batch, microbatch_size)]
+
+    return split_and_count
 
 
 def build_train_spec(loader: MixtureLoader, copies: int = 1) -> DataSpec:
@@ -207,8 +223,9 @@ def build_train_spec(loader: MixtureLoader, copies: int = 1) -> DataSpec:
         copies: ranks that get the same samples. Composer sums over all ranks, so the first of them counts the samples
             and tokens, and each weights its losses by its share of the tokens.
     """
+    split: Any = counted(default_split_batch)
     if copies == 1:
-        return DataSpec(loader, get_num_tokens_in_batch=count_tokens)
+        return DataSpec(loader, split_batch=split, get_num_tokens_in_batch=count_tokens)
     first = dist.get_global_rank() % copies == 0
 
     def samples(batch: Batch) -> int:
@@ -218,7 +235,7 @@ def build_train_spec(loader: MixtureLoader, copies: int = 1) -> DataSpec:
         counts = count_tokens(batch)
         return {"total": counts["total"] if first else 0, "loss_generating": counts["loss_generating"] / copies}
 
-    return DataSpec(loader, get_num_samples_in_batch=samples, get_num_tokens_in_batch=tokens)
+    return DataSpec(loader, split_batch=split, get_num_samples_in_batch=samples, get_num_tokens_in_batch=tokens)
 
 
 def build_evaluators(config: RunConfig, loader: MixtureLoader, layout: Layout | None = None) -> list[Evaluator]:
@@ -398,7 +415,7 @@ def split_by_source(spec: DataSpec, config: RunConfig) -> DataSpec:
     """``spec``, with microbatches of one source each where the mixture is measured on them."""
     mixing = config.algorithms.online_mixing
     if mixing is not None and mixing.influence.scorer == "microbatch" and INFLUENCE in build_strategy(mixing).needs:
-        spec.split_batch = source_microbatches  # type: ignore[assignment]  # batches are mappings of tensors here
+        spec.split_batch = counted(source_microbatches)  # type: ignore[assignment]  # batches are mappings here
     return spec
 
 
