@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from composer.core.data_spec import default_split_batch
+from composer.devices import DeviceCPU
 from torch import nn
 
 from cheapertraining.builders import (
@@ -17,6 +19,7 @@ from cheapertraining.builders import (
     build_strategy,
     build_tokenizer,
     count_tokens,
+    counted,
     lr_multiplier,
     resolve_device,
     resolve_precision,
@@ -85,6 +88,19 @@ def test_count_tokens() -> None:
     assert count_tokens(batch) == {"total": 8, "loss_generating": 3}
     batch["attention_mask"] = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
     assert count_tokens(batch) == {"total": 5, "loss_generating": 3}
+
+
+def test_microbatches_bring_their_counts_so_that_no_device_is_asked() -> None:
+    labels = torch.tensor([[-100, 1, 1, 1], [-100] * 4, [-100, 1, -100, -100]])
+    batch = {"input_ids": torch.ones(3, 4, dtype=torch.int64), "labels": labels}
+    parts = counted(default_split_batch)(batch, 2)
+    # Numbers on this device cannot be read at all.
+    moved = [DeviceCPU().batch_to_device(part) for part in parts]
+    moved = [{k: v.to("meta") if torch.is_tensor(v) else v for k, v in part.items()} for part in moved]
+    assert [count_tokens(part) for part in moved] == [
+        {"total": 8, "loss_generating": 3},
+        {"total": 4, "loss_generating": 1},
+    ]
 
 
 # ---- device, precision, microbatches -----------------------------------------------------------------------

@@ -394,15 +394,3 @@ def test_help_is_quick(tmp_path: Path) -> None:
     assert code == 0
     assert output.startswith("usage: composer")
     assert seconds < 2
-
-
-def test_first_line_comes_before_the_heavy_imports(tiny_run: Path) -> None:
-    started = time.monotonic()
-    process = start(tiny_run)
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    seconds = time.monotonic() - started
-    process.kill()
-    process.communicate()
-    assert line == f"{tiny_run}: 3 sources, 8ba. Starting …\n"
-    assert seconds < 2
