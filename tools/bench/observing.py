@@ -1,15 +1,17 @@
 """What looking costs: CPU time of logging and monitoring to that of the steps, and sizes of what a run leaves.
 
-    python tools/bench/observing.py [--batches 40] [--steps 10000] [--sources 20] [key=value ...]
+    python tools/bench/observing.py [--batches 300] [--steps 10000] [--sources 20] [key=value ...]
 
-First the run of `make train` without mixing, its evaluations left out: CPU time inside callbacks and loggers that watch
-(ours, Composer's monitors, W&B offline), against that of the whole steps, in one process. Then a log of --steps steps
-with --sources sources, written by the logger of runs, and its report.
+First a log of --steps steps with --sources sources, written by the logger of runs, its report, and the pictures of such
+a run for W&B. Then the run of `make train` without mixing, its evaluations left out: CPU time inside callbacks and
+loggers that watch (ours, Composer's monitors, W&B offline with its pictures), and of W&B's own process, against that of
+the whole steps; and the process's peak of memory against the estimate that start-up prints.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,7 +26,8 @@ class Watch:
 
     def __init__(self) -> None:
         self.by_name: dict[str, float] = {}
-        self.marks: list[tuple[float, float]] = []  # (process time, time in calls) after each batch
+        # (process time, time in calls, time of processes that this one has started) after each batch
+        self.marks: list[tuple[float, float, float]] = []
         self._inside = False
 
     def watch(self, owner: type, method: str, mark: str | None = None) -> None:
@@ -43,9 +46,15 @@ class Watch:
                 spent = time.thread_time() - started
                 self.by_name[owner.__name__] = self.by_name.get(owner.__name__, 0.0) + spent
                 if mark is not None and getattr(arguments[1], "value", None) == mark:
-                    self.marks.append((time.process_time(), sum(self.by_name.values())))
+                    self.marks.append((time.process_time(), sum(self.by_name.values()), _others()))
 
         setattr(owner, method, timed)
+
+
+def _others() -> float:
+    import psutil
+
+    return sum(sum(child.cpu_times()[:2]) for child in psutil.Process().children(recursive=True))
 
 
 def overhead(batches: int, overrides: list[str]) -> None:
@@ -55,6 +64,7 @@ def overhead(batches: int, overrides: list[str]) -> None:
 
     from cheapertraining.config import load_run_config
     from cheapertraining.observe import ConsoleLines, JsonlLogger, MixtureCourse, Pictures, RunHealth
+    from cheapertraining.observe.startup import startup_lines
     from cheapertraining.training import train
 
     watch = Watch()
@@ -63,18 +73,47 @@ def overhead(batches: int, overrides: list[str]) -> None:
     for destination in (WandBLogger, JsonlLogger):
         watch.watch(destination, "log_metrics")
     watch.watch(JsonlLogger, "run_event", mark="batch_end")
+    imported = _peak()
     with tempfile.TemporaryDirectory() as folder:
         settings = [f"save_folder={folder}", f"max_duration={batches}ba", "save_interval=10000ba", "device=cpu"]
         settings += ["eval_loader.first=false", "eval_loader.interval=10000ba", "eval_loader.subset_num_batches=1"]
         settings += ["algorithms.online_mixing.strategy=static", "loggers.wandb.mode=offline"]
-        train(load_run_config("mixed_pretrain", [*settings, *overrides]))
-    (begun, spent), (ended, all_spent) = watch.marks[4], watch.marks[-1]  # the first steps allocate
+        config = load_run_config("mixed_pretrain", [*settings, *overrides])
+        train(config)
+    # The first steps allocate; the last mark comes after the pictures of the end.
+    (begun, spent, others), (ended, all_spent, all_others) = watch.marks[4], watch.marks[-1]
     steps = len(watch.marks) - 5
-    step, watching = (ended - begun) / steps, (all_spent - spent) / steps
+    step, watching, beside = (ended - begun) / steps, (all_spent - spent) / steps, (all_others - others) / steps
     print(f"step: {step * 1e3:.1f} ms of CPU time, {steps} steps")
-    print(f"logging and monitoring: {watching * 1e3:.2f} ms, {watching / step:.2%}")
+    print(f"logging and monitoring: {watching * 1e3:.2f} ms, {watching / step:.2%}", end="; ")
+    print(f"W&B's own process beside: {beside * 1e3:.2f} ms, {beside / step:.2%}")
     for name, seconds in sorted(watch.by_name.items(), key=lambda item: -item[1]):
         print(f"  {name:<14} {seconds / len(watch.marks) * 1e3:.3f} ms a step, set-up included")
+    print(f"peak of resident memory {_peak():.0f} MiB, {_peak() - imported:.0f} above that after the imports", end="; ")
+    print(*(line.strip() for line in startup_lines(config) if "memory" in line))
+
+
+def _peak() -> float:
+    """MiB, on Linux."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def pictures(steps: int, sources: int) -> None:
+    """Print what a pair of pictures costs late in a run whose mixture moved every 25 steps."""
+    import numpy as np
+
+    from cheapertraining.observe.pictures import mixture_picture, score_picture
+
+    names = [f"source{k}" for k in range(sources)]
+    at = np.arange(1, steps + 1, 25).repeat(2)
+    shares = np.random.default_rng(0).dirichlet(np.ones(sources), len(at))
+    table: dict[str, dict[str, float | None]] = {"probe": dict.fromkeys(names, 1.0)}
+    for _ in range(2):  # the first imports Matplotlib
+        started = time.process_time()
+        mixture_picture(at, shares, names)
+        score_picture(table, table, names)
+        spent = time.process_time() - started
+    print(f"a pair of pictures: {spent:.2f} s of CPU time")
 
 
 def sizes(steps: int, sources: int) -> None:
@@ -119,7 +158,8 @@ def _metrics(step: int, sources: int) -> dict[str, float]:
     if step % 10 == 0:
         metrics |= {"gradient/norm": 0.123456789, "weight/norm": 123.456789, "time/data_wait": 0.00123456789}
         metrics |= {"event/loss_spikes": 0.0, "event/nonfinite": 0.0}
-        for what in ("weight", "sampled", "share", "tokens", "epochs", "tokens_left"):
+        metrics |= {"mixture/overhead": 0.0123456789, "memory/host_peak": 1.23456789}
+        for what in ("weight", "sampled", "objective", "share", "tokens", "epochs", "tokens_left"):
             metrics |= {f"mixture/{what}/source{k}": (1 + k * step * 1e-4) / sources for k in range(sources)}
         metrics |= {f"loss/train/source{k}": 3.123456789 + k for k in range(sources)}
     if step % 100 == 0:
@@ -132,12 +172,13 @@ def _metrics(step: int, sources: int) -> dict[str, float]:
 def main() -> None:
     """Read the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=40, help="of the run; 0 leaves it out")
+    parser.add_argument("--batches", type=int, default=300, help="of the run; 0 leaves it out")
     parser.add_argument("--steps", type=int, default=10_000, help="of the log that is written")
     parser.add_argument("--sources", type=int, default=20)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the run")
     given = parser.parse_intermixed_args()
     sizes(given.steps, given.sources)
+    pictures(given.steps, given.sources)
     if given.batches:
         overhead(given.batches, given.overrides)
 
