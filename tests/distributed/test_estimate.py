@@ -29,7 +29,7 @@ from tools.estimate import main
 LLAMA_70B = Shape(32000, 8192, 28672, 80, 64, 8, 128, False)
 
 PEAKS = {
-    "single, half": 0.01, "single, again": 0.01, "single, live teacher": 0.02, "ddp": 0.01, "fsdp2": 0.15, "tp": 0.1,
+    "single, half": 0.01, "single, again": 0.01, "single, live teacher": 0.02, "ddp": 0.01, "fsdp2": 0.15, "tp": 0.2,
     "1f1b": 0.05,
 }  # fmt: skip
 """Cases, and how far the predicted peak may be off. On gloo, buffers of messages come and go as they please."""
@@ -57,6 +57,7 @@ def work(rank: int, ranks: int, folder: Path, names: list[str]) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PEAKS)
 def test_memory_is_what_steps_take(name: str, measured: dict[str, list[dict[str, float]]]) -> None:
     ranks, layout, overrides = CASES[name]
