@@ -84,3 +84,21 @@ def test_what_is_not_finite_is_counted_and_the_mixture_logged(
     assert sum(found[f"mixture/share/{name}"][-1] for name in ("code", "docs", "topics")) == pytest.approx(1.0)
     if found["event/nonfinite"][-1] > 1:  # the step with that gradient spoilt the loss after it
         assert "the loss is not finite" in capsys.readouterr().out
+
+
+def test_losses_of_sources_without_online_mixing_add_up_and_go_on_after_a_resume(
+    tiny_sample: Path, tmp_path: Path
+) -> None:
+    found = _run(tiny_sample, tmp_path / "whole", 6, [])
+    names = ("code", "docs", "topics")
+    for line, batches in enumerate(((0, 1), (2, 3), (4, 5))):
+        weights, losses = ([found[f"{what}/{s}"][line] for s in names] for what in ("mixture/objective", "loss/train"))
+        assert sum(weights) == pytest.approx(1)
+        total = sum(w * loss for w, loss in zip(weights, losses, strict=True))
+        assert total == pytest.approx(np.mean([found["loss/train/total"][batch] for batch in batches]), rel=2e-3)
+
+    _run(tiny_sample, tmp_path / "parts", 3, [], save_folder=str(tmp_path / "saved"), save_interval="3ba")
+    latest = str(tmp_path / "saved" / "latest-rank0.pt")
+    later = _run(tiny_sample, tmp_path / "parts", 6, [], load_path=latest)
+    for name in names:  # the line after batch 4 takes in batch 3, from before the stop
+        assert later[f"loss/train/{name}"] == pytest.approx(found[f"loss/train/{name}"][1:])

@@ -17,14 +17,8 @@ from cheapertraining.observe.vocabulary import VOCABULARY, find, table
 from tools import wandb_dashboard
 
 BATCHES = 20
-NOT_HERE = {
-    # What this run has no use for; each has a reason.
-    "mixture/gradient_norm2/{source}",  # strategies that compare gradients: doge, pike, rnb
-    "mixture/gradient_variance/{source}",
-    "distillation/overhead",  # refused beside influence_scores
-    "distillation/{what}",
-    "memory/{stat}",  # CUDA
-}
+CUDA_ALONE = {"memory/{stat}"}
+"""Metrics that no CPU has; `throughput/device/mfu` is another."""
 
 
 @dataclass
@@ -37,10 +31,32 @@ class Logged:
 
 @pytest.fixture(scope="module")
 def logged(tiny_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Logged:
+    """Mixing by influence, scores of trained samples, texts."""
+    return _trained(
+        tiny_sample,
+        tmp_path_factory.mktemp("observed"),
+        """
+  online_mixing: {strategy: influence, interval: 5ba, warmup: 5ba}
+  influence_scores: {estimator: dot, probe_samples: 4, refresh: 10ba}""",
+    )
+
+
+@pytest.fixture(scope="module")
+def distilled(tiny_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Logged:
+    """Mixing by gradients, and a teacher."""
+    return _trained(
+        tiny_sample,
+        tmp_path_factory.mktemp("distilled"),
+        """
+  online_mixing: {strategy: doge, interval: 5ba, warmup: 5ba}
+  distillation: {teacher: {kind: average}, source_weights: {code: 0.5}, relations: {}}""",
+    )
+
+
+def _trained(tiny_sample: Path, runs: Path, algorithms: str) -> Logged:
     from cheapertraining.config import load_run_config
     from cheapertraining.training import train
 
-    runs = tmp_path_factory.mktemp("observed")
     yaml = runs / "observed.yaml"
     yaml.write_text(
         f"""
@@ -63,9 +79,7 @@ eval_loader: {{batch_size: 8, interval: 10ba, subset_num_batches: 1}}
 optimizer: {{lr: 1.0e-2}}
 scheduler: {{name: wsd, warmup: 2ba, decay: 0.2dur}}
 algorithms:
-  gradient_clipping: {{threshold: 1.0}}
-  online_mixing: {{strategy: influence, interval: 5ba, warmup: 5ba}}
-  influence_scores: {{estimator: dot, probe_samples: 4, refresh: 10ba}}
+  gradient_clipping: {{threshold: 1.0}}{algorithms}
 callbacks:
   speed_monitor: {{window_size: 4}}
   lr_monitor: {{}}
@@ -79,10 +93,32 @@ loggers: {{jsonl: {{}}, console: {{interval: 10ba}}, wandb: {{project: tests, mo
     return Logged(folder, read_run(folder))
 
 
-def test_every_number_is_in_the_vocabulary_and_the_reverse(logged: Logged) -> None:
-    names = list(logged.run.metrics)
+def test_every_number_is_in_the_vocabulary_and_the_reverse(logged: Logged, distilled: Logged) -> None:
+    names = [*logged.run.metrics, *distilled.run.metrics]
     assert [name for name in names if find(name) is None] == []
-    assert {entry.pattern for entry in VOCABULARY} - set(table(names)) == NOT_HERE
+    assert {entry.pattern for entry in VOCABULARY} - set(table(names)) == CUDA_ALONE
+
+
+def test_each_algorithm_tells_its_share_of_the_time(logged: Logged, distilled: Logged) -> None:
+    for run, names in ((logged.run, ("mixture", "influence")), (distilled.run, ("mixture", "distillation"))):
+        shares = [run.metrics[f"{name}/overhead"].last for name in names]
+        assert all(0 < share < 1 for share in shares)
+        assert sum(shares) < 1
+
+
+def test_losses_of_sources_add_up_to_the_whole(logged: Logged) -> None:
+    run = logged.run
+    last = run.metrics["mixture/objective/code"].steps[-1]
+    assert last == BATCHES  # of the batches since the decision before, at 15
+    names = ("code", "docs", "topics")
+    weights, losses = (
+        [run.metrics[f"{what}/{name}"].last for name in names] for what in ("mixture/objective", "loss/train")
+    )
+    total = run.metrics["loss/train/total"]
+    assert sum(weights) == pytest.approx(1)
+    assert sum(w * loss for w, loss in zip(weights, losses, strict=True)) == pytest.approx(
+        float(total.values[-5:].mean()), rel=2e-3
+    )
 
 
 def test_norms_shares_and_fidelity_are_what_they_say(logged: Logged) -> None:
@@ -160,12 +196,12 @@ def test_the_report_holds_everything_and_asks_no_network(logged: Logged) -> None
     assert all(figure["data"] for figure in figures)
 
 
-def test_no_panel_of_the_dashboard_is_empty(logged: Logged) -> None:
-    names = wandb_names(logged.folder)
+def test_no_panel_of_the_dashboard_is_empty(logged: Logged, distilled: Logged) -> None:
+    names = wandb_names(logged.folder) | wandb_names(distilled.folder)
     panels = wandb_dashboard.panels()
     assert {panel.group for panel in panels} >= {"loss", "mixture", "influence", "speed", "optimization"}
     for panel in panels:
-        if panel.needs not in ("distillation", "cuda", "gradients"):  # which this run has not
+        if panel.needs != "cuda":
             assert [name for name in names if re.search(panel.regex, name)], panel.title
     filled = wandb_dashboard.chosen(list(logged.run.metrics))
     assert filled == [panel for panel in panels if panel in filled]
