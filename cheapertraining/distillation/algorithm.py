@@ -320,7 +320,9 @@ class Distillation(Algorithm):
 
     def loss_of(self, inputs: HeadInputs, batch: Mapping[str, Any], outputs: MutableMapping[str, Any]) -> Tensor:
         """The loss of the microbatch at hand; what :class:`~cheapertraining.models.causal_lm.Objective` asks for."""
-        heard = self._heard or self._hear(batch)
+        if (heard := self._heard) is None:  # a micro-batch of a pipeline
+            with self._time.part(self._device):
+                heard = self._hear(batch)
         alpha, temperature = self._now
         source, mask = batch["source"], shifted_mask(batch["labels"])
         loss = chunked_distillation_loss(

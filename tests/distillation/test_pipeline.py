@@ -86,12 +86,14 @@ def test_a_pipeline_learns_what_one_process_does(run: str, path: Path) -> None:
 @pytest.mark.parametrize("run", RUNS)
 def test_it_logs_what_one_process_does(run: str, path: Path) -> None:
     """Each number once; the loss by source and evaluation are plain cross-entropy."""
+    assert all(0 < share < 1 for share in _logged(path, run, "distillation/overhead")["distillation/overhead"])
     for beginning, least in (("distillation/", 15), ("loss/train/", 4), ("metrics/", 4), ("gradient/norm", 1)):
         found, wanted = (_logged(path, name, beginning) for name in (run, twin(run)))
         assert found.keys() == wanted.keys()
         assert len(wanted) >= least
         for name, values in wanted.items():
-            assert found[name] == pytest.approx(values, rel=TOLERANCE), name
+            if name != "distillation/overhead":
+                assert found[name] == pytest.approx(values, rel=TOLERANCE), name
 
 
 @pytest.mark.parametrize("run", ["live-1f1b", "sampled-1f1b"])
