@@ -71,6 +71,7 @@ class AverageTeacher:
     def __init__(self, model: CausalLM, decay: float) -> None:
         self.model = model
         self.decay = decay
+        reshard(model)  # or parameters would be what a pass has gathered, whose memory is let go of
         self._parameters = dict(model.named_parameters())
         self.averages: dict[str, Tensor] = {name: local(each).clone() for name, each in self._parameters.items()}
         """By name, what this rank holds of each."""

@@ -126,7 +126,7 @@ def gradients() -> dict[str, list[float]]:
             mine = batch if tensor == 2 else {key: value[dist.get_rank() :: 2] for key, value in batch.items()}
             share = (mine["labels"] != -100).sum() / (batch["labels"] != -100).sum() * layout.data
             (cut.loss(cut(mine), mine) * share).backward()
-            errors = [_error(cut, expected)]
+            errors = [gradient_error(cut, expected)]
             for wanted in (norm, 0.5):
                 errors.append(abs(float(clip_gradient_norm(cut, 0.5)) / wanted - 1))
             found[f"{name}, {way}"] = errors
@@ -150,7 +150,7 @@ def dtypes() -> dict[str, list[str]]:
     return found
 
 
-def _error(cut: nn.Module, expected: Mapping[str, torch.Tensor]) -> float:
+def gradient_error(cut: nn.Module, expected: Mapping[str, torch.Tensor]) -> float:
     errors = []
     for name, parameter in cut.named_parameters():
         gradient: Any = parameter.grad
