@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ class TimeShare:
         self._steps = 0.0
         self._part = 0.0
         self._began: float | None = None
-        self._unread: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._unread: list[tuple[Any, Any]] = []  # CUDA events at both ends of a part
 
     def begin_step(self) -> None:
         """A step begins; call it where the device has nothing left to do, as between a trainer's steps."""
@@ -54,7 +55,8 @@ class TimeShare:
             finally:
                 self._part += time.perf_counter() - started
             return
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        event: Any = torch.cuda.Event
+        start, end = event(enable_timing=True), event(enable_timing=True)
         start.record(torch.cuda.current_stream(device))
         try:
             yield

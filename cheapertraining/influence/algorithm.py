@@ -270,4 +270,7 @@ class InfluenceScores(Algorithm):
 def _loss_scaler(state: State, device: torch.device) -> torch.Tensor:
     """What losses are multiplied by against underflow, a scalar on the device: ``get_scale`` would wait for it."""
     one = torch.ones((), dtype=torch.float64, device=device)
-    return state.scaler.scale(one) if state.scaler is not None and state.scaler.is_enabled() else one  # type: ignore[no-any-return,no-untyped-call]
+    if state.scaler is None or not state.scaler.is_enabled():
+        return one
+    scaled: torch.Tensor = state.scaler.scale(one)
+    return scaled

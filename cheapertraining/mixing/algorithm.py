@@ -223,7 +223,8 @@ class OnlineMixing(Algorithm):
             with get_precision_context(state.precision, state.precision_config):
                 other, _ = model_losses(self.reference, state.batch)
         # Of ranks that see the same samples one reports them.
-        return (own.double() - other.double()).clamp(min=0).sum(dim=1) * (outputs["sample_tokens"] > 0)
+        reported: torch.Tensor = outputs["sample_tokens"] > 0
+        return (own.double() - other.double()).clamp(min=0).sum(dim=1) * reported
 
     def _add_microbatch(self, batch: Any, outputs: Any, excess: torch.Tensor | None = None) -> None:
         try:

@@ -6,10 +6,12 @@ them in place of the config's. Who resumes with another learning rate would trai
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from composer.core import State
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from composer.core import State
 
 __all__ = ["put_in_force", "settings_of"]
 
