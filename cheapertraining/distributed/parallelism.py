@@ -82,15 +82,19 @@ def check_together(
         )
     if (
         mixing is not None
-        and INFLUENCE in needs
-        and mixing.influence.scorer == "forward"
+        and _takes_differences(mixing, layout, needs)
         and precision != "fp32"
         and _casts_parameters(parallelism)
     ):
         raise UserError(
             f"algorithms.online_mixing.strategy: '{mixing.strategy}' takes differences of nearly equal losses, for "
             f"which parameters must stay float32, but FSDP casts them ({precision}). Set mixed_precision: FULL in "
-            "parallelism.fsdp2 (or fsdp), or influence.scorer=hook."
+            "parallelism.fsdp2 (or fsdp)"
+            + (
+                ", or influence.scorer=" + ("microbatch." if layout.tensor > 1 else "hook.")
+                if INFLUENCE in needs
+                else "."
+            )
         )
     for key in ("activation_checkpointing", "compile_blocks"):
         if getattr(parallelism, key) and (why := _watches_backward(config)) is not None:
@@ -105,8 +109,9 @@ def _check_tensor_parallel(config: RunConfig, layout: Layout, needs: Collection[
         _check_measured_in_parts(config.algorithms.online_mixing, needs)
     if config.algorithms.influence_scores is not None:
         raise UserError(
-            "algorithms.influence_scores: needs layers and logits in one piece, which tensor parallelism cuts. Use "
-            "compose.distributed=fsdp2, or leave it out."
+            "algorithms.influence_scores: watches what goes through single layers while they train, which tensor "
+            "parallelism cuts apart. Use compose.distributed=fsdp2, or measure sources: online_mixing with "
+            "influence.scorer=microbatch."
         )
     if config.algorithms.distillation is not None:
         _check_distilled_in_parts(config.algorithms.distillation)
@@ -140,11 +145,6 @@ def _check_measured_in_parts(mixing: OnlineMixingConfig, needs: Collection[str])
     """Losses and whole gradients are to be had where layers are cut; what goes through a single layer is not."""
     key = "algorithms.online_mixing"
     remedy = "while tensor parallelism cuts layers apart. Use compose.distributed=fsdp2"
-    if GRAM in needs:
-        raise UserError(
-            f"{key}.strategy: '{mixing.strategy}' multiplies gradients of single samples, layer by layer, {remedy}, or "
-            "another strategy (influence, grape, skillit, aioli, doremi, odm, ado)."
-        )
     if INFLUENCE in needs and mixing.influence.scorer == "hook":
         raise UserError(
             f"{key}.influence.scorer: hook watches what goes through single layers, {remedy}, or scorer forward or "
@@ -215,6 +215,11 @@ def _check_distilled_pipeline(settings: DistillationConfig) -> None:
             f"{key}.teacher.placement: sharded spreads the teacher over ranks that all ask it, while in a pipeline "
             f"that of the last stage does. {remedy}, or placement auto (whole there) or offloaded (in main memory)."
         )
+
+
+def _takes_differences(mixing: OnlineMixingConfig, layout: Layout, needs: Collection[str]) -> bool:
+    """Whether losses at slightly moved parameters are compared, as products of gradients are where layers are cut."""
+    return (INFLUENCE in needs and mixing.influence.scorer == "forward") or (GRAM in needs and layout.tensor > 1)
 
 
 def _casts_parameters(parallelism: ParallelismConfig) -> bool:

@@ -85,7 +85,7 @@ def test_a_dict_of_composers_trains_fsdp2() -> None:
         ("tp", "fp32", ["algorithms.online_mixing.influence.metric=ekfac"], "metric: ekfac.*tensor parallelism"),
         ("tp", "amp_bf16", [], "mixed_precision: FULL"),
         ("fsdp2", "fp32", ["algorithms.online_mixing.influence.scorer=loop"], "scorer: loop"),
-        ("tp", "fp32", ["algorithms.online_mixing.strategy=pike"], "'pike'.*tensor parallelism"),
+        ("tp", "amp_bf16", ["algorithms.online_mixing.strategy=pike"], "'pike'.*mixed_precision: FULL"),
         ("fsdp2_tp", "fp32", ["algorithms.online_mixing=null", "algorithms.influence_scores={}"], "influence_scores"),
         ("tp", "fp32", ["algorithms.online_mixing=null", "data.seq_len=127"], "data.seq_len: expected a multiple"),
         ("fsdp2", "amp_bf16", [], "mixed_precision: FULL"),

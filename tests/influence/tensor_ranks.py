@@ -18,21 +18,17 @@ from cheapertraining.distributed.tensor_parallel import apply_tensor_parallel
 from cheapertraining.influence import ProbeBank
 from cheapertraining.influence.parameters import select_parameters
 from cheapertraining.influence.scorers.fused import FusedScorer
+from cheapertraining.influence.scorers.gram import GradientEstimator, SourceGradients
 from cheapertraining.influence.scorers.hook import hook_scores
 from cheapertraining.influence.scorers.loop import loop_scores
 from cheapertraining.influence.sharding import gradient_scale, sample_copies
 from cheapertraining.models import CausalLM
 from cheapertraining.models.sharded import build_spread
 from tests.influence.sharded_ranks import leaves_no_trace, refused, unwatched
-from tests.influence.tiny_llama import LENGTH, probe_loader, random_batch
+from tests.influence.tiny_llama import LENGTH, Sources, probe_loader, random_batch
 
 TENSOR = 2
-CASES = {
-    "llama": torch.float64,
-    "tied llama": torch.float64,
-    "gpt2": torch.float64,
-    "llama in float32": torch.float32,
-}
+CASES = {"llama": torch.float64, "gpt2": torch.float64, "tied llama in float32": torch.float32}
 _ROWS = 52  # of the vocabulary: twice two ranks divide them, and no two of its parts are alike
 
 
@@ -73,6 +69,15 @@ def cut(case: str, layout: Layout) -> CausalLM:
     return model
 
 
+def moments(model: CausalLM) -> dict[str, torch.Tensor]:
+    """Of the sources' gradients, with probes, and of their halves, which leave a sample of each source over."""
+    bank = ProbeBank({"p": probe_loader(), "q": probe_loader(seed=7)}, {"p": 2.0, "q": 1.0}, 5)
+    found = GradientEstimator(Sources(), 5, probes=bank).measure(model.eval(), update_index=1, microbatch_size=4)
+    parts: dict[str, SourceGradients] = {"": found, "first ": found.halves[0], "second ": found.halves[1]}
+    names = ("products", "errors", "squared_norms", "variances", "target_products")
+    return {part + name: torch.from_numpy(getattr(each, name)) for part, each in parts.items() for name in names}
+
+
 def refusals(model: CausalLM) -> dict[str, str]:
     """Scorers that watch single layers."""
     parameters, batch = select_parameters(model), random_batch(2, 1)
@@ -93,6 +98,7 @@ def run(rank: int, world: int, folder: str) -> None:
     for case in CASES:
         found[case] = unwatched(cut(case, layout), rank // TENSOR, layout.data)
         del found[case]["own directions"]
+        found[case]["moments"] = moments(cut(case, layout))
         found[case]["scale"] = gradient_scale(cut(case, layout))
         found[case]["copies"] = sample_copies(cut(case, layout))
         leaves_no_trace(cut(case, layout))

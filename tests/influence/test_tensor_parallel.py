@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.influence.sharded_ranks import unwatched
-from tests.influence.tensor_ranks import CASES, TENSOR, run, whole
+from tests.influence.tensor_ranks import CASES, TENSOR, moments, run, whole
 from tests.processes import run_on_ranks
 
 pytestmark = pytest.mark.slow
@@ -24,7 +24,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Found]:
-    return {case: unwatched(whole(case), 0, 1) for case in CASES}
+    return {case: unwatched(whole(case), 0, 1) | {"moments": moments(whole(case))} for case in CASES}
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, error: float) -> None:
@@ -66,6 +66,17 @@ def test_scores_and_their_errors_are_those_of_one_process(
             assert torch.equal(rank[case][name], ranks[0][case][name])  # Or ranks would decide differently.
         for name, values in expected["microbatch"].items():
             close(rank[case]["microbatch"][name], values, exact(case))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_moments_of_gradients_are_those_of_watched_layers_in_one_process(
+    case: str, ranks: list[Found], alone: dict[str, Found]
+) -> None:
+    """Differences along a direction against products of what went through single layers."""
+    for name, values in alone[case]["moments"].items():
+        for rank in ranks:
+            close(rank[case]["moments"][name], values, 1e-3)
+            assert torch.equal(rank[case]["moments"][name], ranks[0][case]["moments"][name])
 
 
 def test_what_backward_leaves_counts_samples_once(ranks: list[Found]) -> None:

@@ -1,7 +1,8 @@
 """How the sources' gradients lie to each other: norms, products and the spread over samples.
 
 Of ``n`` samples of each of ``K`` sources, one Gram matrix ``<G_i, G_j>`` of the gradients of their summed losses says
-it all; no gradient is ever formed (:func:`~cheapertraining.influence.scorers.hook.hook_gram`). With ``t_i`` tokens,
+it all; no gradient is ever formed (:func:`~cheapertraining.influence.scorers.hook.hook_gram`), but where tensor
+parallelism cuts the layers (:mod:`~cheapertraining.influence.scorers.gram_along`). With ``t_i`` tokens,
 ``T_k`` those of source ``k``, its mean gradient is the ratio ``g_k = sum_i G_i / T_k`` with residuals ``r_i = G_i - t_i
 g_k``, and
 
@@ -35,7 +36,9 @@ from cheapertraining.influence.model_access import no_trace, to_device
 from cheapertraining.influence.parameters import Layers, select_parameters
 from cheapertraining.influence.probes import ProbeBank
 from cheapertraining.influence.ranks import rank_rows, sum_over_ranks
+from cheapertraining.influence.scorers.gram_along import gram_along
 from cheapertraining.influence.scorers.hook import hook_gram
+from cheapertraining.influence.sharding import sample_copies
 
 __all__ = ["GradientEstimator", "SourceGradients", "moments_of", "target_products_of"]
 
@@ -137,26 +140,46 @@ class GradientEstimator:
         inputs = [name for name in _MODEL_INPUTS if all(name in batch for batch in batches)]
         rows = {name: torch.cat([batch[name] for batch in batches]) for name in inputs}
         tokens = (rows["labels"][:, 1:] != IGNORED).sum(dim=1).double().cpu().numpy()
-        gram = _sample_gram(model, rows, microbatch_size, self.layers)
-        seconds = time.perf_counter() - started
         sizes = [n] * len(names) + [len(batch["labels"]) for batch, _ in probed]
         blocks = np.split(np.arange(len(tokens)), np.cumsum(sizes)[:-1])
-        weights = [weight for _, weight in probed]
-        whole = _moments(names, gram, tokens, blocks, weights, seconds)
-        if not probed or n < _SAMPLES_OF_HALVES or min(sizes) < 2:
-            return whole
-        parts = ([block[start::2][: len(block) // 2] for block in blocks] for start in range(2))
-        halves = tuple(_moments(names, gram, tokens, part, weights, seconds) for part in parts)
-        return dataclasses.replace(whole, halves=halves)
+        halved = bool(probed) and n >= _SAMPLES_OF_HALVES and min(sizes) >= 2
+        parts = [[block[start::2][: len(block) // 2] for block in blocks] for start in range(2)] if halved else []
+        gram, squares = _products(model, rows, microbatch_size, self.layers, blocks, parts)
+        weights, seconds = [weight for _, weight in probed], time.perf_counter() - started
+        whole, *halves = (_moments(names, gram, squares, tokens, part, weights, seconds) for part in (blocks, *parts))
+        return dataclasses.replace(whole, halves=tuple(halves))
 
     @staticmethod
     def _probe_batches(bank: ProbeBank, update_index: int) -> list[tuple[Mapping[str, torch.Tensor], float]]:
         return [(bank.batch(name, bank.window(name, update_index)), weight) for name, weight in bank.weights.items()]
 
 
+def _products(
+    model: nn.Module,
+    rows: Mapping[str, torch.Tensor],
+    microbatch_size: int | None,
+    layers: Layers,
+    blocks: Sequence[NDArray[np.int64]],
+    parts: Sequence[Sequence[NDArray[np.int64]]],
+) -> tuple[Float64, Float64]:
+    """``<G_i, G_j>`` of all rows, float64 ``[N, N]``, right at least in sums over the columns of a block or of a part
+    of one, and ``|G_i|**2``; the same on all ranks."""
+    if sample_copies(model) == 1:
+        gram = _sample_gram(model, rows, microbatch_size, layers)
+        return gram, np.diag(gram)
+    groups: list[NDArray[np.int64]] = []
+    for number, block in enumerate(blocks):
+        taken = [part[number] for part in parts]
+        left = np.setdiff1d(block, np.concatenate(taken)) if taken else block
+        groups += [group for group in (*taken, left) if len(group)]
+    with no_trace(model):
+        return gram_along(model, select_parameters(model, layers), rows, groups, microbatch_size)
+
+
 def _moments(
     names: tuple[str, ...],
     gram: Float64,
+    squares: Float64,
     tokens: Float64,
     blocks: Sequence[NDArray[np.int64]],
     weights: Sequence[float],
@@ -166,7 +189,7 @@ def _moments(
     count = len(names)
     rows = np.concatenate(blocks[:count])
     by_source = tokens[rows].reshape(count, -1)
-    products, errors, norms, variances = moments_of(gram[np.ix_(rows, rows)], by_source)
+    products, errors, norms, variances = moments_of(gram[np.ix_(rows, rows)], by_source, squares[rows])
     target = None
     if weights:
         probes = blocks[count:]
@@ -223,13 +246,18 @@ def _sample_gram(
     return found
 
 
-def moments_of(gram: Float64, tokens: Float64) -> tuple[Float64, Float64, Float64, Float64]:
+def moments_of(
+    gram: Float64, tokens: Float64, squares: Float64 | None = None
+) -> tuple[Float64, Float64, Float64, Float64]:
     """``products``, ``errors``, ``squared_norms`` and ``variances`` of the module's formulas.
 
     Args:
-        gram: ``[K * n, K * n]``, products of the gradients of the samples' summed losses, source by source.
+        gram: ``[K * n, K * n]``, products of the gradients of the samples' summed losses, source by source; only sums
+            over the columns of a source matter.
         tokens: ``[K, n]``, loss-counting tokens of each sample.
+        squares: ``[K * n]``, squared norms of the gradients; default the diagonal of ``gram``.
     """
+    squares = np.diag(gram) if squares is None else squares
     count, n = tokens.shape
     total = np.maximum(tokens.sum(axis=1), 1.0)
     by_source = gram.reshape(count, n, count, n)
@@ -238,9 +266,10 @@ def moments_of(gram: Float64, tokens: Float64) -> tuple[Float64, Float64, Float6
     products: Float64 = along.sum(axis=1) / total[:, None]
     residuals = along - tokens[:, :, None] * products[:, None, :]
     own = np.arange(count)
-    squares = np.diag(gram).reshape(count, n) - 2 * tokens * along[own, :, own] + tokens**2 * np.diag(products)[:, None]
-    variances: Float64 = n**2 / (n - 1) * np.maximum(squares, 0.0).sum(axis=1) / total**2
+    spread = squares.reshape(count, n) - 2 * tokens * along[own, :, own] + tokens**2 * np.diag(products)[:, None]
+    variances: Float64 = n**2 / (n - 1) * np.maximum(spread, 0.0).sum(axis=1) / total**2
     one_side = n / (n - 1) * (residuals**2).sum(axis=1) / total[:, None] ** 2
     errors: Float64 = np.sqrt(one_side + one_side.T)
     errors[own, own] = np.sqrt(4 * np.diag(one_side))
-    return products, errors, np.diag(products) - variances / n, variances
+    # Where products are measured along one side's gradient, the other side's differs by the error of measurement.
+    return (products + products.T) / 2, errors, np.diag(products) - variances / n, variances
