@@ -480,7 +480,7 @@ class TeacherConfig:
     quantization: Literal["8bit", "4bit"] | None = None
     """Of the weights, by bitsandbytes; CUDA only."""
     placement: Literal["auto", "replicated", "sharded", "offloaded"] = "auto"
-    """Whole on each process, sharded as the student, or in main memory; auto is as the student."""
+    """Whole on each process (of a pipeline, the last), sharded as the student, in main memory; auto: as the student."""
     decay: Annotated[float, between(0, 0.999999)] = 0.999
     """Of the average, a step."""
     trust_remote_code: bool = False
