@@ -7,6 +7,8 @@ BENCH  ?= $(wildcard tools/bench/[a-z]*.py)
 ARGS   ?=
 
 BIN := .venv/bin
+# Composer's launcher takes seconds before it starts anything, which a single process does not need.
+LAUNCH = $(if $(filter 1,$(NPROC)),$(BIN)/python,$(BIN)/composer -n $(NPROC))
 INSTALLED := .venv/.installed
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
@@ -28,7 +30,7 @@ sample: $(INSTALLED)  ## make the sample corpus in data/sample
 	@$(BIN)/python tools/prepare_sample.py
 
 train: sample  ## train on the sample; ARGS='optimizer.lr=1e-3 max_duration=100ba' overrides keys
-	$(BIN)/composer -n $(NPROC) train.py yamls/mixed_pretrain.yaml compose.data=data/sample/data.yaml $(ARGS)
+	$(LAUNCH) train.py yamls/mixed_pretrain.yaml compose.data=data/sample/data.yaml $(ARGS)
 
 test: $(INSTALLED)  ## run all tests; ARGS='-k plan' chooses
 	$(TEST_ENV) $(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)

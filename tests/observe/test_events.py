@@ -48,6 +48,7 @@ def test_spikes_and_divergence_are_told_everywhere_and_the_advice_works(
     assert [line[NONFINITE] - bad[0][NONFINITE] for line in bad] == list(range(len(bad)))
     said = capsys.readouterr().out
     assert said.count("the loss is not finite") == 1
+    assert "\033" not in said  # what is no terminal gets plain lines
     assert f"batch {bad[0]['step']}: the loss is not finite (nan). {EVENTS[NONFINITE].advice}" in said
 
     report = (folder / "report.html").read_text(encoding="utf-8")

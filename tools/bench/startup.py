@@ -1,6 +1,6 @@
 """Start-up: seconds from `composer train.py RUN.yaml` to the first step, by part; and what importing the package costs.
 
-    python tools/bench/startup.py [--run yamls/mixed_pretrain.yaml] [--rounds 5] [key=value ...]
+    python tools/bench/startup.py [--run yamls/mixed_pretrain.yaml] [--rounds 5] [--first-line] [key=value ...]
 
 Every measurement is a fresh process, files are in the disk cache, and printed are medians. Importing
 `cheapertraining.data` is compared with importing torch and numpy alone, in CPU time; wanted is less than 1.5 times.
@@ -175,14 +175,17 @@ def main() -> None:
     parser.add_argument("--run", default="yamls/mixed_pretrain.yaml", help="run yaml (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the run")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--first-line", action="store_true", help="nothing but the first lines")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         child(given.run, given.overrides)
     else:
-        compare_imports(given.rounds)
+        if not given.first_line:
+            compare_imports(given.rounds)
         first_lines(given.run, given.overrides, given.rounds)
-        compare_starts(given.run, given.overrides, given.rounds)
+        if not given.first_line:
+            compare_starts(given.run, given.overrides, given.rounds)
 
 
 if __name__ == "__main__":
