@@ -107,7 +107,9 @@ def _settings(runs: Sequence[RunFolder]) -> list[Block]:
     changed = differences([run.config for run in runs])
     if not changed:
         return [paragraph("The settings of the runs are the same, or not known.")]
-    return [rows(["setting", *[run.name for run in runs]], [[key, *values] for key, values in changed.items()])]
+    return [
+        rows(["setting", *[run.name for run in runs]], [[key, *values] for key, values in changed.items()], texts=True)
+    ]
 
 
 def differences(configs: Sequence[str]) -> dict[str, list[str]]:

@@ -36,11 +36,12 @@ def preformatted(text: str) -> Block:
     return f"<pre>{html.escape(text)}</pre>"
 
 
-def rows(head: Sequence[str], body: Sequence[Sequence[str]]) -> Block:
-    """A table: the first column to the left, the others to the right."""
+def rows(head: Sequence[str], body: Sequence[Sequence[str]], texts: bool = False) -> Block:
+    """A table: the first column to the left, the others to the right, or to the left too where they are texts."""
     top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
+    kind = ' class="texts"' if texts else ""
+    return f'<div class="wide"><table{kind}><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
 def page(title: str, subtitle: str, tabs: Mapping[str, Sequence[Block]]) -> str:
@@ -109,7 +110,9 @@ main { max-width: 1180px; margin: 0 auto; padding: 12px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 10px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, .texts th, .texts td { text-align: left; }
+.texts td:first-child { width: 1%; }
+.texts td:last-child { white-space: normal; overflow-wrap: anywhere; }
 pre { background: var(--card); padding: 12px; border-radius: 8px; overflow-x: auto; font-size: 13px; }
 """
 
@@ -118,12 +121,14 @@ const root = document.documentElement;
 const tabs = [...document.querySelectorAll("[role=tab]")];
 const narrow = () => window.innerWidth < 640;
 const style = name => getComputedStyle(root).getPropertyValue(name).trim();
-function look(own) {
-  const axis = { gridcolor: style("--line"), zerolinecolor: style("--line"), linecolor: style("--line") };
+function look(own, traces) {
+  const axis = { gridcolor: style("--line"), zerolinecolor: style("--line"), linecolor: style("--line"),
+    automargin: true };
   const legend = { orientation: "h", yref: "container", y: 0.01, yanchor: "bottom", x: 0,
     font: { size: narrow() ? 11 : 12 } };
   const layout = Object.assign({ height: narrow() ? 380 : 430, autosize: true, legend }, own);
-  layout.margin = Object.assign({ l: narrow() ? 48 : 64, r: 16, t: 48, b: narrow() ? 120 : 96 }, own.margin || {});
+  const below = traces > 1 || own.showlegend ? (narrow() ? 44 + 22 * Math.ceil(traces / 2) : 96) : 44;
+  layout.margin = Object.assign({ l: narrow() ? 48 : 64, r: 16, t: 48, b: below }, own.margin || {});
   layout.paper_bgcolor = layout.plot_bgcolor = "rgba(0,0,0,0)";
   layout.font = { color: style("--front"), family: "system-ui, sans-serif", size: 13 };
   layout.title = Object.assign({}, own.title, { font: { size: 15 }, x: 0.01, xanchor: "left" });
@@ -131,8 +136,10 @@ function look(own) {
   layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: style("--soft"), activecolor: style("--mark") };
   layout.hoverlabel = { bgcolor: style("--card"), font: { color: style("--front") } };
   layout.xaxis = Object.assign({}, axis, own.xaxis || {});
-  if (own.xaxis && own.xaxis.title) layout.xaxis.title = Object.assign({ standoff: 6 }, own.xaxis.title);
   layout.yaxis = Object.assign({}, axis, own.yaxis || {});
+  for (const each of [layout.xaxis, layout.yaxis]) {
+    if (each.title) each.title = Object.assign({ standoff: 6, font: { size: 12 } }, each.title);
+  }
   return layout;
 }
 function draw(panel, again) {
@@ -141,8 +148,8 @@ function draw(panel, again) {
     if (box.drawn && !again) continue;
     const place = box.drawn || box.appendChild(document.createElement("div"));
     box.drawn = place;
-    Plotly.react(place, box.spec.data, look(box.spec.layout), { responsive: true, displaylogo: false,
-      displayModeBar: narrow() ? false : "hover" });
+    Plotly.react(place, box.spec.data, look(box.spec.layout, box.spec.data.length),
+      { responsive: true, displaylogo: false, displayModeBar: narrow() ? false : "hover" });
   }
 }
 function show(tab) {

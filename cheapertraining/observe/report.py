@@ -58,7 +58,9 @@ def report(run: RunFolder) -> str:
             "Events": _events(run),
             "Ledger": _ledger(run),
             "Config": [preformatted(run.config)] if run.config else [],
-            "Environment": [rows(["what", "found"], list(run.environment.items()))] if run.environment else [],
+            "Environment": [rows(["what", "found"], list(run.environment.items()), texts=True)]
+            if run.environment
+            else [],
         },
     )
 
@@ -121,7 +123,7 @@ def _losses(run: RunFolder) -> list[Block]:
         figure(
             charts.run_lines(run, "Held-out loss by source", heldout, _NATS, run.sources), "No held-out evaluation."
         ),
-        figure(charts.run_lines(run, "Loss on the probes", probes, _NATS), "No evaluation of probes."),
+        figure(charts.run_lines(run, "Loss on the probes", probes, _NATS, showlegend=True), "No evaluation of probes."),
     ]
 
 
@@ -276,7 +278,7 @@ def _events(run: RunFolder) -> list[Block]:
             ]
     if not found:
         return [paragraph("Nothing but training: no change of the mixture, no loss spike, every number finite.")]
-    return [rows(["batch", "what"], [[f"{batch:,.0f}", what] for batch, what in sorted(found)])]
+    return [rows(["batch", "what"], [[f"{batch:,.0f}", what] for batch, what in sorted(found)], texts=True)]
 
 
 def _ledger(run: RunFolder) -> list[Block]:
