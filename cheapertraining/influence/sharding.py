@@ -72,7 +72,7 @@ def sample_copies(model: nn.Module) -> int:
     """Number of neighbouring ranks that see the same samples: those that FSDP2 does not spread the model over, since
     tensor parallelism has cut its layers over them; else 1."""
     groups = _fsdp2_groups(model)
-    return rank_and_world()[1] // groups[0].mesh_info.mesh.size() if groups else 1
+    return rank_and_world()[1] // int(groups[0].mesh_info.mesh.size()) if groups else 1
 
 
 def reshard(model: nn.Module) -> None:
@@ -249,7 +249,7 @@ def gradient_scale(model: nn.Module) -> float:
     with torch.set_grad_enabled(True):
         known().backward()  # On each rank a gradient of ones: their sum is the number of ranks.
     assert known.weight.grad is not None
-    return float(local(known.weight.grad).mean()) / mesh.size()
+    return float(local(known.weight.grad).mean()) / int(mesh.size())
 
 
 class _Sum(nn.Module):

@@ -19,7 +19,7 @@ from torch import nn
 
 from cheapertraining.errors import UserError
 from cheapertraining.influence.model_access import check_vocabulary, sample_losses, to_device, unwrap
-from cheapertraining.influence.parameters import Directions, zeros_like
+from cheapertraining.influence.parameters import Directions, wide, zeros_like
 from cheapertraining.influence.ranks import rank_and_world, rank_rows, sum_over_ranks
 from cheapertraining.influence.scorers.forward import forward_scores
 from cheapertraining.influence.sharding import Shards, gradient_scale, gradients_set_aside, local, sample_copies
@@ -83,10 +83,8 @@ def _sum_of_gradients(
         for place, row in enumerate(group):
             sums, _ = sample_losses(model, _chosen(rows, [int(row)], device))
             # Of ranks that read samples of their own all must take part, and one counts.
-            (sums.sum() * float(place % world == rank)).backward()
-            found = {
-                name: local(p.grad).to(total.tensors[name].dtype) / scale for name, p in _with_gradient(parameters)
-            }
+            (sums.sum() * float(place % world == rank)).backward()  # type: ignore[no-untyped-call]
+            found = _gradients(parameters, scale)
             squares[place] = shards.norm(found) ** 2
             for name, gradient in found.items():
                 total.tensors[name][0] += gradient
@@ -124,5 +122,7 @@ def _chosen(rows: Mapping[str, torch.Tensor], chosen: Sequence[int], device: tor
     return to_device({name: part[torch.tensor(chosen, device=part.device)] for name, part in rows.items()}, device)
 
 
-def _with_gradient(parameters: Mapping[str, nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in parameters.items() if parameter.grad is not None]
+def _gradients(parameters: Mapping[str, nn.Parameter], scale: float) -> dict[str, torch.Tensor]:
+    """What a backward pass has left, this rank's part, as a gradient of the sum over the ranks' losses."""
+    found = {name: local(p.grad) for name, p in parameters.items() if p.grad is not None}
+    return {name: gradient.to(wide(gradient)) / scale for name, gradient in found.items()}
