@@ -229,6 +229,11 @@ class Distillation(Algorithm):
         """Refuse a teacher that does not fit the student; put it where it is asked."""
         vocabulary = int(student.model.config.vocab_size)
         teacher = self._given[0]
+        if student.vocabulary_group is not None and (self.layers is not None or self.on_policy is not None):
+            raise UserError(
+                "distillation: hidden, relations and on_policy need whole layers and logits, which tensor parallelism "
+                "cuts. Use compose.distributed=fsdp2, or leave them out."
+            )
         if isinstance(student, PipelinedLM):
             made = not isinstance(teacher, TeacherWrapper | CachedTeacher | None)
             if made or self.layers is not None or self.on_policy is not None:
