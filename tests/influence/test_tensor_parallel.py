@@ -75,7 +75,8 @@ def test_moments_of_gradients_are_those_of_watched_layers_in_one_process(
     for case in MOMENTS[len(ranks)]:
         for name, values in alone[case]["moments"].items():
             for rank in ranks:
-                close(rank[case]["moments"][name], values, 1e-3)
+                # Each sample's own difference has a bias, of which sums are free, and errors of sums are not.
+                close(rank[case]["moments"][name], values, 1e-2 if name.endswith("errors") else 1e-3)
                 assert torch.equal(rank[case]["moments"][name], ranks[0][case]["moments"][name])
 
 
