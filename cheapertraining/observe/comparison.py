@@ -113,13 +113,24 @@ def _settings(runs: Sequence[RunFolder]) -> list[Block]:
 
 
 def differences(configs: Sequence[str]) -> dict[str, list[str]]:
-    """Dotted keys of yaml texts whose values are not the same in all, with the values; empty texts know nothing."""
-    from omegaconf import OmegaConf
+    """Dotted keys of yaml texts whose values are not the same in all, with the values.
 
-    flat = [_flat(OmegaConf.to_container(OmegaConf.create(text))) if text else {} for text in configs]
+    Texts that are empty, torn or no mapping know nothing.
+    """
+    flat = [_flat(_parsed(text)) for text in configs]
     keys = dict.fromkeys(key for each in flat for key in each)
     table = {key: [str(each.get(key, "")) for each in flat] for key in keys}
     return {key: values for key, values in table.items() if len(set(values)) > 1}
+
+
+def _parsed(text: str) -> Any:
+    from omegaconf import OmegaConf
+
+    try:
+        found = OmegaConf.to_container(OmegaConf.create(text))
+    except Exception:  # of its parser, its nodes or its own checks: a torn text is no settings, whatever is said of it
+        return {}
+    return found if isinstance(found, Mapping) else {}
 
 
 def _flat(node: Any, key: str = "") -> dict[str, Any]:
@@ -128,7 +139,7 @@ def _flat(node: Any, key: str = "") -> dict[str, Any]:
         for name, inner in node.items():
             found |= _flat(inner, f"{key}.{name}" if key else str(name))
         return found
-    return {key: node}
+    return {key: node} if key else {}
 
 
 def _last(series: Series | None, form: str) -> str:

@@ -121,8 +121,12 @@ def read_run(path: str | Path) -> RunFolder:
     settings = _mapping(folder / "run.json", notes)
     _check_version(settings, folder, notes)
     summary = _mapping(folder / "summary.json", [])
+    sources = summary.get("sources", {})
     if not summary:
         notes.append("summary.json is not there: the run has not ended, or did not get to its end.")
+    elif not isinstance(sources, dict) or not all(_numbers(own) for own in sources.values()):
+        notes.append("summary.json is not one of a run, and left out.")
+        summary = {}
     config = folder / "config.yaml"
     if not config.is_file():
         notes.append("config.yaml is not there, so the settings of the run are not known.")
@@ -133,7 +137,7 @@ def read_run(path: str | Path) -> RunFolder:
         folder,
         folder.resolve().name,
         metrics,
-        _lines(folder / "mixture.jsonl", notes),
+        _ledger(folder / "mixture.jsonl", notes),
         summary or None,
         config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
         {str(key): str(value) for key, value in _mapping(folder / "environment.json", []).items()},
@@ -157,6 +161,19 @@ def _metrics(log: Path, notes: list[str]) -> dict[str, Series]:
     if not steps:
         raise UserError(f"{log}: expected a line of JSON for each step, found none. The run has not begun to train.")
     return {name: Series(np.array(steps[name]), np.array(values[name])) for name in steps}
+
+
+def _ledger(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    found = _lines(path, notes)
+    whole = [e for e in found if _numbers(e.get("weights", {})) and _numbers({"batch": e.get("batch", 0)})]
+    if len(whole) < len(found):
+        notes.append(f"{path.name}: {len(found) - len(whole)} of {len(found)} lines are no decisions, and left out.")
+    return whole
+
+
+def _numbers(content: Any) -> bool:
+    """Whether it is a mapping to numbers (or null)."""
+    return isinstance(content, dict) and all(each is None or isinstance(each, int | float) for each in content.values())
 
 
 def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:

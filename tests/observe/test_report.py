@@ -14,6 +14,7 @@ import pytest
 from composer.core import State, Timestamp
 from composer.loggers import Logger
 
+from cheapertraining.commands import cli
 from cheapertraining.errors import UserError
 from cheapertraining.observe import JsonlLogger
 from cheapertraining.observe.charts import POINTS, thin
@@ -90,6 +91,40 @@ def test_half_written_folders_are_drawn_with_what_they_have(tmp_path: Path) -> N
     assert "1 line is not whole" in notes
     assert "of version 1" in notes
     assert "1 line is not whole" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("content", ["", '{"step": 3, "sou', "\x00\x01: [", "[1, 2]", '{"sources": [1], "weights": 3}'])
+@pytest.mark.parametrize("name", ["summary.json", "config.yaml", "run.json", "mixture.jsonl", "environment.json"])
+def test_a_file_that_is_torn_or_foreign_stops_neither_report_nor_comparison(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    whole, torn = write_log(tmp_path / "whole", 12), write_log(tmp_path / "torn", 12)
+    (torn / "mixture.jsonl").write_text('{"batch": 5, "from_batch": 8, "weights": {"code": 0.7}}\n', encoding="utf-8")
+    (torn / name).write_text(content, encoding="utf-8")
+    assert cli.main(["report", str(torn)]) == 0
+    assert "Training loss" in (torn / "report.html").read_text(encoding="utf-8")
+    assert cli.main(["report", str(whole), str(torn), "--out", str(tmp_path / "both.html")]) == 0
+    assert "<th>torn</th>" in (tmp_path / "both.html").read_text(encoding="utf-8")
+    if name in ("summary.json", "mixture.jsonl") and content == '{"sources": [1], "weights": 3}':
+        assert "left out" in " ".join(read_run(torn).notes)
+
+
+def test_a_log_of_the_first_version_is_drawn_beside_one_of_now(tmp_path: Path) -> None:
+    old, new = write_log(tmp_path / "old", 20), write_log(tmp_path / "new", 20)
+    later = re.compile(r"gradient/|event/|mixture/share/|time/data_wait")
+    lines = [json.loads(line) for line in (old / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [{name: value for name, value in line.items() if not later.match(name)} for line in lines]
+    (old / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    settings = json.loads((old / "run.json").read_text(encoding="utf-8"))
+    del settings["log_version"]
+    (old / "run.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert cli.main(["report", str(old)]) == 0
+    page = (old / "report.html").read_text(encoding="utf-8")
+    assert f"The log is of version 1 (now {LOG_VERSION})" in page
+    assert "Held-out loss by source" in page
+    assert "Share of all tokens so far" not in page
+    assert cli.main(["report", str(old), str(new), "--out", str(tmp_path / "both.html")]) == 0
+    assert "old: The log is of version 1" in (tmp_path / "both.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
