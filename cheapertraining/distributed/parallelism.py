@@ -71,6 +71,11 @@ def check_together(
             "parallelism.state_dict_type: FSDP1 of torch 2.7 on a CPU puts wrong moments of the optimizer into a full "
             "state dict. Use sharded, which loads under every layout, or compose.distributed=fsdp2."
         )
+    if layout.engine == "fsdp" and config.algorithms.distillation is not None:
+        raise UserError(
+            "algorithms.distillation: needs the output head's weights beside the model's forward pass, after which "
+            "FSDP1 has let go of them. Use compose.distributed=fsdp2, which goes on from FSDP1's checkpoints."
+        )
     if layout.engine == "pipeline":
         _check_pipeline(config, layout, precision, needs)
     if layout.tensor > 1 or parallelism.tp is not None:

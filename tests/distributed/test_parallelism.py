@@ -90,6 +90,7 @@ def test_a_dict_of_composers_trains_fsdp2() -> None:
         ("tp", "fp32", ["algorithms.online_mixing=null", "data.seq_len=127"], "data.seq_len: expected a multiple"),
         ("fsdp2", "amp_bf16", [], "mixed_precision: FULL"),
         ("fsdp", "fp32", ["parallelism.state_dict_type=full"], "state_dict_type: FSDP1"),
+        ("fsdp", "fp32", ["algorithms.distillation.teacher.path=t"], "distillation: needs the output head's weights"),
         (
             "fsdp2",
             "fp32",
