@@ -116,8 +116,11 @@ def test_scores_of_a_plain_loop_are_those_of_autograd() -> None:
         assert found.errors[row, 3] == pytest.approx(np.sqrt(6 * np.mean(found.errors[row, :3] ** 2)))
     with pytest.raises(UserError, match="expected a source that came in two microbatches"):
         estimator.measure(model, update_index=2)
+    estimator.begin_batch()
+    estimator.begin_pass()
+    estimator.mark(torch.tensor([0, 1]), torch.tensor(1), torch.tensor(1.0))
     with pytest.raises(UserError, match="expected one source in each microbatch"):
-        estimator.mark(torch.tensor([0, 1]), torch.tensor(1), torch.tensor(1.0))
+        estimator.end_batch()
     with pytest.raises(UserError, match="takes raw or adam, found 'kfac'"):
         MicrobatchEstimator(names, PROBES, metric="kfac")
 

@@ -87,6 +87,7 @@ class MicrobatchEstimator:
         self._sums: GroupSums | None = None
         self._restored: Mapping[str, Any] | None = None
         self._fresh = False
+        self._mixed: torch.Tensor | None = None  # on the device: a microbatch of this batch has several sources
 
     @property
     def ready(self) -> bool:
@@ -130,7 +131,7 @@ class MicrobatchEstimator:
 
     def begin_batch(self) -> None:
         """Forget what was marked of this batch: it is tried again with smaller microbatches when memory ran out."""
-        self._fresh = True
+        self._fresh, self._mixed = True, None
         if self._scorer is not None:
             self._scorer.discard()
 
@@ -147,22 +148,24 @@ class MicrobatchEstimator:
             source: int64 ``[B]``, one number in all of it.
             tokens: that its loss counts, on this rank.
             loss_scale: see :meth:`~.microbatch.MicrobatchScorer.mark`.
-
-        Raises:
-            UserError: the microbatch has samples of several sources.
         """
         if self._scorer is None:
             return
-        first = int(source[0])
-        if not bool((source == first).all()):
+        mixed = (source != source[0]).any()
+        self._mixed = mixed if self._mixed is None else self._mixed | mixed
+        self._scorer.mark(source[0], tokens, loss_scale)
+
+    def end_batch(self) -> None:
+        """Add the batch's microbatches of all ranks; a collective call of a few numbers.
+
+        Raises:
+            UserError: one of them has samples of several sources.
+        """
+        if self._mixed is not None and bool(self._mixed):
             raise UserError(
                 "influence by microbatch: expected one source in each microbatch, found several. Cut batches with "
                 "source_microbatches (the data spec's split_batch)."
             )
-        self._scorer.mark(first, tokens, loss_scale)
-
-    def end_batch(self) -> None:
-        """Add the batch's microbatches of all ranks; a collective call of a few numbers."""
         if self._scorer is not None and self._sums is not None:
             sources, sums, tokens = self._scorer.collect_microbatches()
             finite = sums.isfinite().all(dim=1)  # A loss scaler that overflows skips its step.

@@ -90,17 +90,19 @@ class MicrobatchScorer:
             name: 1.0 / (shards.copies(name) * scale) if self._sharded else 1.0 for name in self._parameters
         }
         self._before: torch.Tensor | None = None
-        self._marks: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._marks: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def begin(self) -> None:
         """Take note of the gradients that the step starts from; free where they are ``None``."""
         self._before = self._products()
 
-    def mark(self, source: int, tokens: int | torch.Tensor, loss_scale: float | torch.Tensor = 1.0) -> None:
+    def mark(
+        self, source: int | torch.Tensor, tokens: int | torch.Tensor, loss_scale: float | torch.Tensor = 1.0
+    ) -> None:
         """Put down what the microbatch whose backward pass has just ended added.
 
         Args:
-            source: index of the source that all its samples belong to.
+            source: index of the source that all its samples belong to; scalars on the device are not waited for.
             tokens: that its loss counts, on this rank.
             loss_scale: factor with which the sum of its token losses went into the backward pass: ``1 / tokens`` for
                 a mean, times the microbatch's weight in the step.
@@ -114,7 +116,8 @@ class MicrobatchScorer:
         after = self._products()
         counted = torch.as_tensor(tokens, dtype=torch.float64, device=after.device).detach()
         scale = torch.as_tensor(loss_scale, dtype=torch.float64, device=after.device).detach()
-        self._marks.append((source, after - self._before, counted, counted * scale))
+        own = torch.as_tensor(source, dtype=torch.int64, device=after.device)
+        self._marks.append((own, after - self._before, counted, counted * scale))
         self._before = after
 
     def collect(self) -> MicrobatchScores:
@@ -134,7 +137,9 @@ class MicrobatchScorer:
         ``[M]``, scores of its summed loss float64 ``[M, K]`` and tokens float64 ``[M]``."""
         marks, self._marks, self._before = self._marks, [], None
         device = next(iter(self._parameters.values())).device
-        sources = torch.tensor([source for source, *_ in marks], dtype=torch.int64, device=device)
+        sources = torch.zeros(len(marks), dtype=torch.int64, device=device)
+        for row, (source, *_) in enumerate(marks):
+            sources[row] = source
         check_equal_counts(len(marks), "microbatches marked for influence", device)
         _check_same_sources(sources)
         count = len(self._directions.names)
