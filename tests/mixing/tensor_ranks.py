@@ -21,7 +21,7 @@ RUNS = {
     "reference": ["strategy=doremi"],
 }
 """What is measured, and a strategy that needs it, as overrides."""
-LAYOUTS = {"tp": (2, tuple(RUNS)), "fsdp2_tp": (4, ("forward", "microbatch", "gradients"))}
+LAYOUTS = {"tp": (2, tuple(RUNS)), "fsdp2_tp": (4, ("forward", "gradients"))}
 """Processes of a layout, and the runs under it."""
 
 

@@ -21,7 +21,7 @@ def runs(tiny_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tiny_yaml(
         tmp_path_factory.mktemp("mixing") / "run.yaml",
         tiny_sample / "data.yaml",
-        max_duration="8ba",
+        max_duration="6ba",
         algorithms={"gradient_clipping": {"threshold": 1.0}, "online_mixing": mixing},
     )
     reference = ["run_name=reference", "algorithms.online_mixing=null", "max_duration=2ba", "save_interval=2ba"]
@@ -54,8 +54,6 @@ def test_decisions_and_losses_are_those_of_one_process(layout: str, name: str, r
     moved = {value for key, values in expected.items() if key.startswith("mixture/weight/") for value in values}
     assert len(moved) > 3 or name == "adam"  # The scores under Adam are too uncertain so early for a decision.
     for key, values in expected.items():
-        if (layout, name) == ("fsdp2_tp", "microbatch") and "_se/" in key:
-            continue  # Other microbatches: ranks that read samples of their own fill theirs with other rows.
         kind = key.rsplit("/", 1)[0]
         largest = max(abs(each) for other in expected if other.startswith(kind) for each in expected[other])
         # Products of gradients are differences along a direction here, and of watched layers in one process.
