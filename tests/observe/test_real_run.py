@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
+from browsing import browse, open_browser
 
 from cheapertraining.observe.run_folder import LOG_VERSION, RunFolder, read_run
 from cheapertraining.observe.vocabulary import VOCABULARY, find, table
@@ -208,43 +206,7 @@ def test_no_panel_of_the_dashboard_is_empty(logged: Logged, distilled: Logged) -
     assert {panel.needs for panel in filled} == {None, "influence_scores"}
 
 
-def _serve(folder: Path) -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    browser_path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser_path is None:
-        pytest.skip("needs Chromium")
-    with sync_api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def browser(logged: Logged) -> Iterator[Any]:
-    yield from _serve(logged.folder)
-
-
 @pytest.mark.parametrize("width", [1200, 390])
-def test_in_a_browser_tabs_hover_and_theme_work(logged: Logged, browser: Any, width: int) -> None:
-    problems: list[str] = []
-    page = browser.new_page(viewport={"width": width, "height": 900})
-    page.set_default_timeout(240_000)  # of a machine that does much else
-    page.on("console", lambda said: problems.append(said.text) if said.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: problems.append(request.url) if request.url.startswith("http") else None)
-    page.goto((logged.folder / "report.html").as_uri())
-    for tab in page.get_by_role("tab").all():
-        tab.click()
-        panel = page.locator(f"#{tab.get_attribute('aria-controls')}")
-        assert panel.is_visible()
-        boxes = panel.locator(".figure").count()
-        assert panel.locator(".figure .main-svg").count() >= boxes
-    page.get_by_role("tab", name="Loss", exact=True).click()
-    page.locator("[role=tabpanel]:not([hidden]) .nsewdrag").first.hover()
-    page.wait_for_selector(".hoverlayer text")
-    assert "code" in " ".join(page.locator(".hoverlayer text").all_text_contents())
-    before = page.evaluate("document.documentElement.dataset.theme")
-    page.locator("#theme").click()
-    assert page.evaluate("document.documentElement.dataset.theme") != before
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert problems == []
+def test_in_a_browser_tabs_hover_and_theme_work(logged: Logged, width: int) -> None:
+    with open_browser() as browser:
+        browse(browser, logged.folder / "report.html", width, "Loss", expected="code")

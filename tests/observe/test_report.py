@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from browsing import browse, open_browser
 from composer.core import State, Timestamp
 from composer.loggers import Logger
 
@@ -169,6 +170,14 @@ def test_comparison_draws_each_run_over_tokens_and_over_hours(tmp_path: Path) ->
         assert [trace["name"] for trace in figure["data"]] == ["a", "b"]
         assert [trace["x"][-1] for trace in figure["data"]] == pytest.approx(last, rel=1e-4)
     assert "<td>optimizer.lr</td><td>0.01</td><td>0.02</td>" in page
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_comparison_in_a_browser(tmp_path: Path, width: int) -> None:
+    with open_browser() as browser:
+        runs = [read_run(write_log(tmp_path / name, 60, slope=slope)) for name, slope in (("a", 0.01), ("b", 0.02))]
+        (tmp_path / "both.html").write_text(comparison(runs), encoding="utf-8")
+        browse(browser, tmp_path / "both.html", width, "Loss over tokens", expected="b : ")
 
 
 def test_comparison_wants_runs_of_different_names(tmp_path: Path) -> None:
