@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import pickle
@@ -15,7 +16,7 @@ import torch
 from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
 from composer.core import Algorithm, Callback, DataSpec, Evaluator, State
 from composer.core.data_spec import default_split_batch
-from composer.loggers import LoggerDestination, WandBLogger
+from composer.loggers import LoggerDestination
 from composer.optim import ComposerScheduler
 from composer.utils import dist
 from torch import nn
@@ -92,6 +93,9 @@ from cheapertraining.observe.checkpoints import AtomicCheckpointSaver
 from cheapertraining.observe.credentials import has_wandb_key
 from cheapertraining.observe.exhaustion import StopWhenExhausted
 from cheapertraining.observe.stages import StagesCheckpointSaver
+from cheapertraining.observe.wandb_log import ONLINE, WandbLog, key_trouble
+
+log = logging.getLogger(__name__)
 
 Device = Literal["cpu", "gpu"]
 Precision = Literal["fp32", "amp_bf16", "amp_fp16"]
@@ -551,19 +555,30 @@ def build_loggers(config: RunConfig, folder: Path) -> list[LoggerDestination]:
     return loggers
 
 
-def build_wandb_logger(config: WandbConfig, folder: Path) -> WandBLogger:
-    """W&B, which prints where the charts are when it is online and nothing when it is not."""
-    import wandb
+def build_wandb_logger(config: WandbConfig, folder: Path) -> WandbLog:
+    """W&B; under ``auto``, offline where the server cannot be reached or does not take the key.
 
+    Raises:
+        UserError: online was asked for and the server does not take the key.
+    """
     mode = wandb_mode(config, os.environ)
-    # Its summary of all metrics would push the table of the mixture off the screen.
-    online = mode in ("online", "run", "shared")
-    # Without the last, a table that is logged offline waits for a server that is not there.
-    settings = wandb.Settings(quiet=True, silent=not online, allow_offline_artifacts=online)
-    if dist.get_global_rank() == 0:
-        wandb.setup(settings)  # or its first lines come before the settings are known
-    start: dict[str, Any] = {"mode": mode, "dir": str(folder), "settings": settings}
-    return WandBLogger(project=config.project, entity=config.entity, init_kwargs=start)
+    told = [key_trouble(os.environ) if mode in ONLINE and dist.get_global_rank() == 0 else None]
+    dist.broadcast_object_list(told)
+    if (trouble := told[0]) is not None:
+        automatic = config.mode == "auto" and "WANDB_MODE" not in os.environ
+        if automatic:
+            mode = "offline"
+            if dist.get_global_rank() == 0:
+                log.warning(
+                    "loggers.wandb: %s. Training goes on offline; later, %s, then `wandb sync %s/wandb/offline-run-*`.",
+                    trouble.what, trouble.cure, folder,
+                )  # fmt: skip
+        elif trouble.refused:
+            raise UserError(
+                f"loggers.wandb.mode: {mode}, but {trouble.what}. Either {trouble.cure}, or use "
+                "loggers.wandb.mode=offline."
+            )
+    return WandbLog(config.project, config.entity, mode, folder)
 
 
 def wandb_mode(config: WandbConfig, environment: Mapping[str, str]) -> str:

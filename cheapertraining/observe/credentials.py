@@ -1,4 +1,4 @@
-"""Whether keys are there, without reading them out."""
+"""Where keys are found; nothing here prints one."""
 
 from __future__ import annotations
 
@@ -7,19 +7,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlparse
 
-__all__ = ["credentials", "has_wandb_key"]
+__all__ = ["credentials", "has_wandb_key", "wandb_key", "wandb_server"]
+
+
+def wandb_server(environment: Mapping[str, str]) -> str:
+    """The address of W&B's server."""
+    return environment.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
+
+
+def wandb_key(environment: Mapping[str, str]) -> tuple[str, str] | None:
+    """W&B's key and where it stands, looked for as W&B does: the environment, then the netrc file."""
+    if key := environment.get("WANDB_API_KEY"):
+        return key, "WANDB_API_KEY"
+    host = urlparse(wandb_server(environment)).hostname or ""
+    file = Path(environment.get("NETRC") or _home(environment) / ".netrc")
+    try:
+        login = netrc.netrc(file).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        return None
+    return None if login is None else (login[2] or "", f"{file} (machine {host})")
 
 
 def has_wandb_key(environment: Mapping[str, str]) -> bool:
-    """Whether W&B would find a key where it looks for one: the environment, then the netrc file."""
-    if environment.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    file = Path(environment.get("NETRC") or _home(environment) / ".netrc")
-    try:
-        return netrc.netrc(file).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    """Whether W&B would find a key."""
+    return wandb_key(environment) is not None
 
 
 def credentials(environment: Mapping[str, str]) -> dict[str, bool]:
