@@ -32,7 +32,7 @@ ONLINE = ("online", "run", "shared")
 # How long W&B's client tries again before it gives up sending; what it could not send is in its file all the same, for
 # `wandb sync`. By its own settings it tries for hours: once its queue of some thousand records is full, logging, and so
 # training, stands still, and a run does not end. With these, an outage of 90 seconds is bridged, one that is longer
-# ends the sending, and the end of a run is delayed by two minutes or so (refused) to ten (nothing answers at all).
+# ends the sending, and the end of a run is delayed by two minutes (refused) to five (nothing answers) at most.
 RETRIES: dict[str, float] = {
     "_file_stream_retry_max": 8,
     "_file_stream_retry_wait_min_seconds": 1,
@@ -139,7 +139,7 @@ class WandbLog(WandBLogger):
             )
         if self._enabled and self.online:
             # What the server can do is asked for with the first picture, and tried for a year; the answer is kept.
-            wandb.api.max_cli_version()
+            wandb.api.max_cli_version()  # type: ignore[no-untyped-call]
 
     def log_table(
         self, columns: list[str], rows: list[list[Any]], name: str = "Table", step: int | None = None
@@ -153,6 +153,9 @@ class WandbLog(WandBLogger):
             return
         import wandb
 
-        table = wandb.Table(columns=columns, rows=rows)
-        table.bind_to_run(wandb.run, name, wandb.run.step if step is None else step)
+        assert wandb.run is not None
+        table = wandb.Table(columns=columns, rows=rows)  # type: ignore[no-untyped-call]
+        table.bind_to_run(  # type: ignore[no-untyped-call]
+            wandb.run, name, wandb.run.step if step is None else step
+        )
         wandb.log({name: table}, step=step)

@@ -10,12 +10,15 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from cheapertraining.commands import cli
+from cheapertraining.config import load_run_config
+from cheapertraining.influence import InfluenceCalculator
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = ("index", "tutorial", "concepts", "howto", "looking", "troubleshooting", "reference", "metrics")
+PAGES = tuple(sorted(path.stem for path in DOCS.glob("*.md")))
 # Of a size for tests, behind what the page says.
 SMALL = [
     "max_duration=6ba",
@@ -34,16 +37,33 @@ SMALL = [
 
 
 def blocks(page: str) -> list[tuple[str, str, str]]:
-    """(what the comment before it says, language, text) of each code block."""
-    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    """(what the comment before it says, language, text) of each code block; pictures and output have no language."""
+    path = ROOT / "README.md" if page == "README" else DOCS / f"{page}.md"
+    text = path.read_text(encoding="utf-8")
     found = re.findall(r"(?:<!-- (.*?) -->\n)?```(\w*)\n(.*?)```", text, re.DOTALL)
     return [(mark, language, body) for mark, language, body in found]
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "README"])
 def test_every_block_is_run_or_says_why_not(page: str) -> None:
-    for mark, _, body in blocks(page):
-        assert mark.startswith(("run", "not run: ")), body
+    for mark, language, body in blocks(page):
+        if language:
+            assert mark.startswith(("run", "not run: ")), body
+        else:
+            assert not re.search(r"^(\$ |make |composer |pip |python |cheapertraining |wandb )", body, re.MULTILINE), (
+                body
+            )
+        for test in re.findall(r"tests/[\w/]+(?:\.py)?", mark):
+            assert (ROOT / test).exists(), mark
+
+
+def test_every_block_that_is_marked_so_is_run() -> None:
+    """By this file, and the README's by tests/end_to_end/test_readme.py."""
+    marked = {page for page in PAGES if any(mark.startswith("run") for mark, _, _ in blocks(page))}
+    assert marked == {"tutorial", "howto", "looking", "conversion", "influence", "mixing"}
+    named = {mark.removeprefix("run:") for mark, _, _ in blocks("README") if mark.startswith("run")}
+    text = (ROOT / "tests" / "end_to_end" / "test_readme.py").read_text(encoding="utf-8")
+    assert {name for name in named if f'block("{name}")' not in text} == set()
 
 
 def _run(page: str, names: dict[str, object]) -> None:
@@ -93,6 +113,25 @@ def test_tutorial_and_howtos_run(own_text: Path) -> None:
     _run("howto", names)
     assert "optimizer" in names
     _run("looking", names)
+    (own_text / "data" / "sample").symlink_to(own_text / "data" / "mine")
+    _run("conversion", names)
+    assert names["batch"]["input_ids"].shape == (1, 128)  # type: ignore[index]
+    names |= {"batches": [next(iter(names["loader"]))], "batch": next(iter(names["loader"]))}  # type: ignore[call-overload]
+    names["InfluenceCalculator"] = InfluenceCalculator
+    _run("influence", names)
+    assert names["scores"].shape == (8, 1)  # type: ignore[attr-defined]
+
+
+def test_the_settings_of_the_page_on_mixing_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _run("mixing", {})
+    run = OmegaConf.load(ROOT / "yamls" / "mixed_pretrain.yaml")
+    run.algorithms.online_mixing = OmegaConf.load("matching.yaml").algorithms.online_mixing
+    OmegaConf.save(run, "run.yaml")
+    settings = load_run_config("run.yaml").algorithms.online_mixing
+    assert settings is not None
+    assert settings.strategy == "matching"
+    assert settings.constraints.kl_step == 0.5
 
 
 def test_quoted_messages_are_said_somewhere() -> None:
