@@ -97,7 +97,7 @@ def _llama_plan(model: nn.Module, mesh: DeviceMesh) -> Plan:
     """Llama, Mistral, Qwen2 and Qwen3: ``model.layers.N.{self_attn,mlp}`` with separate projections."""
     del mesh
     plan: Plan = {
-        "model.embed_tokens": _vocabulary_rows(),
+        "model.embed_tokens": _VocabularyEmbedding(),
         "model.layers.0": _cut_sequence(),
         "model.norm": SequenceParallel(),
         "lm_head": _vocabulary_columns(),
@@ -123,7 +123,7 @@ def _llama_plan(model: nn.Module, mesh: DeviceMesh) -> Plan:
 def _gpt2_plan(model: nn.Module, mesh: DeviceMesh) -> Plan:
     """GPT-2: ``transformer.h.N`` with ``Conv1D`` (weights ``[in, out]``), one for queries, keys and values."""
     plan: Plan = {
-        "transformer.wte": _vocabulary_rows(),
+        "transformer.wte": _VocabularyEmbedding(),
         "transformer.wpe": _ReplicatedEmbedding(),
         "transformer.h.0": _cut_sequence(),
         "transformer.ln_f": SequenceParallel(),
@@ -153,11 +153,6 @@ PLANNED: dict[str, Callable[[nn.Module, DeviceMesh], Plan]] = {
     "gpt2": _gpt2_plan,
 }
 """Plans by the ``model_type`` of transformers."""
-
-
-def _vocabulary_rows() -> ParallelStyle:
-    # The whole sequence comes out, since masks and rotary angles are made from its shape; the first layer cuts it.
-    return RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
 
 
 def _vocabulary_columns() -> ParallelStyle:
@@ -197,6 +192,27 @@ class _HiddenStates(ParallelStyle):
 
         module.register_forward_pre_hook(enter, with_kwargs=True)
         return module
+
+
+class _VocabularyEmbedding(ParallelStyle):
+    """A lookup in a table whose rows are cut across the ranks; the whole sequence comes out on each, ``[B, S, H]``,
+    since masks and rotary angles are made from its shape (the first layer cuts it).
+
+    Torch 2.7's own keeps the mask of a lookup by the shape of the table, and fails where student and teacher have
+    tables of one shape in two dtypes.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def forward(indices: torch.Tensor) -> torch.Tensor:
+            rows = cast(DTensor, module.weight).to_local()
+            local = indices - device_mesh.get_local_rank() * rows.shape[0]
+            here = (local >= 0) & (local < rows.shape[0])
+            found = nn.functional.embedding(torch.where(here, local, 0), rows) * here[..., None]
+            part = DTensor.from_local(found, device_mesh, [Partial()], run_check=False)
+            return part.redistribute(device_mesh, [Replicate()]).to_local()
+
+        module.forward = forward
+        return distribute_module(module, device_mesh, _cut({"weight": Shard(0)}))
 
 
 class _ReplicatedEmbedding(ParallelStyle):

@@ -89,7 +89,7 @@ def work(path: Path, measuring: Path, folder: Path) -> None:
             if (layout, scorer) != ("fsdp", "hook"):
                 measured = (f"run_name={layout}-{scorer}", f"algorithms.online_mixing.influence.scorer={scorer}")
                 run_once(config_of(measuring, layout, *measured))
-    found = {"gradients": gradients(), "refusals": refusals(), "dtypes": dtypes()}
+    found = {"gradients": gradients(), "refusals": refusals(), "dtypes": dtypes(), "two dtypes": two_dtypes()}
     if rank == 0:
         (folder / "found.json").write_text(json.dumps(found))
 
@@ -131,6 +131,25 @@ def gradients() -> dict[str, list[float]]:
                 errors.append(abs(float(clip_gradient_norm(cut, 0.5)) / wanted - 1))
             found[f"{name}, {way}"] = errors
     return found
+
+
+def two_dtypes() -> list[float]:
+    """Largest relative errors of the gradients of two cut models of one shape in two dtypes, used in turns."""
+    mesh = build_mesh(Layout("fsdp2", 1, 1, 2), "cpu")["tensor_parallel"]
+    batch, pairs = ragged_batch(), []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        whole = CausalLM(MODELS["tied llama"]().to(dtype))
+        whole.loss(whole(batch), batch).backward()
+        expected = {key: parameter.grad.clone() for key, parameter in whole.named_parameters()}
+        whole.zero_grad()
+        apply_tensor_parallel(whole.model, mesh)
+        whole.vocabulary_group = mesh.get_group()
+        pairs.append((whole, expected))
+    losses = [cut.loss(cut(batch), batch) for cut, _ in pairs]
+    for loss in losses:
+        loss.backward()
+    return [gradient_error(cut, expected) for cut, expected in pairs]
 
 
 def dtypes() -> dict[str, list[str]]:

@@ -129,6 +129,12 @@ def test_gradients_and_their_norm_are_those_of_the_whole_model(model: str, way: 
     assert clipped <= 1e-5
 
 
+def test_a_teacher_of_the_students_shape_may_have_another_dtype(runs: Runs) -> None:
+    single, double = runs.found["two dtypes"]
+    assert single <= 1e-5
+    assert double <= 1e-12
+
+
 def test_mixed_precision_is_as_composer_names_it(runs: Runs) -> None:
     """Parameters gathered in half where asked for; gradients of the float32 shards are float32 in any case."""
     half, full = "torch.bfloat16", "torch.float32"
