@@ -37,6 +37,7 @@ __all__ = [
     "RaggedMasks",
     "config_of",
     "difference",
+    "file_name",
     "losses_of",
     "name_of",
     "outcome_of",
@@ -190,6 +191,11 @@ def outcome_of(file: Path) -> Outcome:
 def name_of(layout: str, world: int) -> str:
     """A layout on a number of processes, in a word."""
     return layout if world == 1 else f"{layout} x{world}"
+
+
+def file_name(words: str) -> str:
+    """Words as a part of the name of a run or a file."""
+    return words.replace(", ", "-").replace(" ", "-")
 
 
 def losses_of(folder: Path) -> list[float]:

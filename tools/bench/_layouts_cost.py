@@ -19,7 +19,7 @@ from tools.bench._trainer import StepClock, build_trainer, close_quietly, fit_qu
 
 __all__ = ["report_cost"]
 
-WORLD, STEPS, SAVES = 2, 6, 3
+WORLD, STEPS, SAVES = 2, 5, 3
 # 17M parameters: large beside what a process is without a model.
 MODEL = [
     f"model.{key}={value}"
@@ -36,6 +36,7 @@ LAYOUTS = {
     "fsdp2, gathered once": ("fsdp2", ["parallelism.fsdp2.reshard_after_forward=false"]),
     "hsdp": ("hsdp", []),
     "tp": ("tp", []),
+    "pp 1f1b": ("pp", []),
 }
 SAVERS = {
     "one file": ["parallelism.state_dict_type=full"],

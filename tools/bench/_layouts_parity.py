@@ -23,6 +23,7 @@ from tools.bench._layouts import (
     Outcome,
     config_of,
     difference,
+    file_name,
     name_of,
     outcome_of,
     run_once,
@@ -110,7 +111,7 @@ def train_all(path: Path, chosen: list[Case], objectives: dict[str, list[str]], 
 
 
 def _file(layout: str, objective: str, optimizer: str) -> str:
-    return f"{layout}-{objective}-{optimizer}".replace(", ", "-").replace(" ", "-")
+    return file_name(f"{layout}-{objective}-{optimizer}")
 
 
 def _found(folder: Path, layout: str, objective: str, optimizer: str) -> Outcome:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tools.bench import _layouts
-from tools.bench._layouts import ENGINES, RAGGED, config_of, name_of, outcome_of, resume_from, run_once
+from tools.bench._layouts import ENGINES, RAGGED, config_of, file_name, name_of, outcome_of, resume_from, run_once
 
 __all__ = ["report_checkpoints"]
 
@@ -27,8 +27,12 @@ def formats_of(layout: str) -> tuple[str, ...]:
 def saved_checkpoint(path: Path, layout: str, world: int, kind: str) -> Path:
     """Where :func:`save_all` leaves the checkpoint after ``SAVED_AT`` batches."""
     suffix = "-rank0.pt" if kind == "full" else ""
-    run = path.parent / "runs" / f"saved-{name_of(layout, world)}-{kind}"
-    return run / "checkpoints" / f"ep0-ba{SAVED_AT}{suffix}"
+    return path.parent / "runs" / saved_run(layout, world, kind) / "checkpoints" / f"ep0-ba{SAVED_AT}{suffix}"
+
+
+def saved_run(layout: str, world: int, kind: str) -> str:
+    """The name of the run that saves."""
+    return file_name(f"saved-{name_of(layout, world)}-{kind}")
 
 
 def save_all(path: Path, layouts: Sequence[str]) -> None:
@@ -36,8 +40,11 @@ def save_all(path: Path, layouts: Sequence[str]) -> None:
     world = int(os.environ["WORLD_SIZE"])
     for layout in layouts:
         for kind in formats_of(layout):
-            run = f"run_name=saved-{name_of(layout, world)}-{kind}"
-            choice = [run, f"parallelism.state_dict_type={kind}", f"max_duration={SAVED_AT}ba"]
+            choice = [
+                f"run_name={saved_run(layout, world, kind)}",
+                f"parallelism.state_dict_type={kind}",
+                f"max_duration={SAVED_AT}ba",
+            ]
             run_once(config_of(path, layout, *choice), algorithms=RAGGED)
 
 
@@ -49,7 +56,7 @@ def resume_all(path: Path, layouts: Sequence[str], results: Path) -> None:
             # In turns, so that every layout reads both formats.
             kinds = formats_of(source[0])
             checkpoint = saved_checkpoint(path, *source, kinds[(row + column) % len(kinds)])
-            run = f"{name_of(layout, world)}-from-{name_of(*source)}"
+            run = file_name(f"{name_of(layout, world)}-from-{name_of(*source)}")
             if rank == 0:
                 resume_from(path, run, checkpoint)
             torch.distributed.barrier()
@@ -79,6 +86,6 @@ def report_checkpoints(path: Path, folder: Path) -> None:
         _layouts.spawn(resume_all, world, path, layouts, folder, method="fork")
         for layout in layouts:
             row = name_of(layout, world)
-            found = [outcome_of(folder / f"{row}-from-{column}.pt").losses for column in columns]
+            found = [outcome_of(folder / file_name(f"{row}-from-{column}.pt")).losses for column in columns]
             errors = [max(abs(a - b) / b for a, b in zip(losses, after, strict=True)) for losses in found]
             print(f"| {row} | {' | '.join(f'{error:.0e}' for error in errors)} |", flush=True)
