@@ -59,8 +59,8 @@ def logged(folder: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def train(yaml: Path, *overrides: str, **environment: str) -> tuple[int | None, str, str]:
-    process = start(ROOT / "train.py", str(yaml), *overrides, folder=yaml.parent, **environment)
+def train(yaml: Path, *overrides: str, ranks: int = 1, **environment: str) -> tuple[int | None, str, str]:
+    process = start(ROOT / "train.py", str(yaml), *overrides, folder=yaml.parent, ranks=ranks, **environment)
     output, errors = process.communicate()
     return process.returncode, output, errors
 
@@ -91,9 +91,9 @@ def test_a_wrong_key_that_was_merely_found_leaves_the_run_offline(
     assert steps(folder)[-1] == logged(folder)[-1] == 2
 
 
-def test_a_key_without_rights_is_one_message(tiny_run: Path) -> None:
+def test_a_key_without_rights_ends_all_ranks_with_a_message(tiny_run: Path) -> None:
     with WandbServer(KEY, forbidden=True) as server:
-        code, _, errors = train(tiny_run, ONLINE, WANDB_BASE_URL=server.url, WANDB_API_KEY=KEY)
+        code, _, errors = train(tiny_run, ONLINE, ranks=2, WANDB_BASE_URL=server.url, WANDB_API_KEY=KEY)
     assert code == 2
     last = errors.strip().splitlines()[-1]
     assert last.startswith("loggers.wandb: W&B did not begin the run (")
