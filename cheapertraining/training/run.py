@@ -37,8 +37,9 @@ from cheapertraining.builders import (
 )
 from cheapertraining.config import RunConfig, resolved_yaml
 from cheapertraining.distributed.agreement import check_alike, versions
+from cheapertraining.distributed.layout import plan_layout
 from cheapertraining.distributed.lost import bound_waiting, lost_ranks_explained
-from cheapertraining.distributed.parallelism import check_together, plan_layout
+from cheapertraining.distributed.together import check_together
 from cheapertraining.errors import UserError
 from cheapertraining.observe import progress_bar_fits
 from cheapertraining.observe.checkpoints import LATEST, LoadSharded, check_resumable, latest_checkpoint

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from cheapertraining.distributed.parallelism import check_together, plan_layout
+from cheapertraining.distributed.layout import plan_layout
+from cheapertraining.distributed.together import check_together
 from cheapertraining.errors import UserError
 from tests.distillation.pipeline_ranks import EVALUATED_AT, OPTIMIZERS, RUNS, SAVED_AT, STEPS, objective, twin, work
 from tests.distillation.tiny import TEACHER, save_teacher, write_cache
@@ -113,9 +114,9 @@ def test_a_teacher_that_does_not_fit_ends_all_ranks_with_the_same_words(path: Pa
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
-        ("hidden={}", "hidden: compares states of one layer of the whole student"),
-        ("relations={}", "relations: compares states of one layer of the whole student"),
-        ("on_policy={share: 0.5}", "on_policy: lets the student write, token by token"),
+        ("hidden={}", "hidden: compares states of whole layers"),
+        ("relations={}", "relations: compares states of whole layers"),
+        ("on_policy={share: 0.5}", "on_policy: lets the student write, from whole logits"),
         ("teacher.kind=average", "teacher.kind: 'average' is made of the whole student"),
         ("teacher.kind=adapters_off", "teacher.kind: 'adapters_off' is made of the whole student"),
         ("teacher.placement=sharded", "or placement auto (whole there) or offloaded"),

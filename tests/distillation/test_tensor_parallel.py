@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from cheapertraining.distributed.parallelism import check_together, plan_layout
+from cheapertraining.distributed.layout import plan_layout
+from cheapertraining.distributed.together import check_together
 from cheapertraining.errors import UserError
 from tests.distillation.tensor_ranks import LAYOUTS, OBJECTIVES, RUNS, SAVED_AT, STEPS, train, work
 from tests.distillation.tiny import save_teacher, write_cache
@@ -109,8 +110,8 @@ _LIVE = "teacher.path=t"
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ([_LIVE, "hidden={}"], "hidden: compares whole layers"),
-        ([_LIVE, "relations={}"], "relations: compares whole layers"),
+        ([_LIVE, "hidden={}"], "hidden: compares states of whole layers"),
+        ([_LIVE, "relations={}"], "relations: compares states of whole layers"),
         ([_LIVE, "on_policy={share: 0.5}"], "on_policy: lets the student write"),
         (["teacher.kind=adapters_off"], "no tensor parallel plan"),
         ([_LIVE, "teacher.quantization=4bit"], "placement: auto cuts the teacher as the student, but weights of few"),

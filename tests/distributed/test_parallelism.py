@@ -13,7 +13,8 @@ import torch.distributed as dist
 from cheapertraining.builders import build_strategy
 from cheapertraining.config import RunConfig, check_batch_size, load_run_config
 from cheapertraining.data import get_loader
-from cheapertraining.distributed.parallelism import Layout, build_mesh, check_together, data_rank, plan_layout
+from cheapertraining.distributed.parallelism import Layout, build_mesh, data_rank, plan_layout
+from cheapertraining.distributed.together import check_together
 from cheapertraining.errors import UserError
 from cheapertraining.models import build_causal_lm
 from cheapertraining.models.sharded import spread_on_meta

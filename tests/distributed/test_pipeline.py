@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from cheapertraining.distributed.parallelism import check_together, plan_layout
+from cheapertraining.distributed.layout import plan_layout
 from cheapertraining.distributed.pipeline import plan_stages
+from cheapertraining.distributed.together import check_together
 from cheapertraining.errors import UserError
 from tests.distributed.pipeline_ranks import RESUMED_TO, RUNS, SAVED_AT, STEPS, UNTIED, twin, work
 from tests.distributed.ranks import checkpoint_of
