@@ -57,8 +57,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 2 on bad input."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    """Run a command; 2 on bad input, 1 where nobody reads the output to its end (``… | head``)."""
+    try:
+        code = _answer(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's end would try once more
+        return 1
+    return code
+
+
+def _answer(given: list[str]) -> int:
     if not given or given[0] in ("-h", "--help"):
         build_parser().print_help()
         return 0 if given else 2

@@ -65,6 +65,17 @@ def test_completion_completes_in_bash(tmp_path: Path, capsys: pytest.CaptureFixt
     assert done.stdout.split() == ["report"], done.stderr
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["completion", "bash"]])
+def test_a_reader_that_has_seen_enough_is_no_error(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "cheapertraining.commands.cli", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
+        assert started.stdout is not None
+        assert started.stderr is not None
+        started.stdout.close()  # long before anything is printed
+        assert started.stderr.read() == b""
+        assert started.wait() == 1
+
+
 def test_the_first_line_of_a_run_comes_before_anything_heavy_is_imported() -> None:
     code = """
 import sys
