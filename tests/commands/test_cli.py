@@ -73,7 +73,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(arguments: list[str]) -> None
         assert started.stderr is not None
         started.stdout.close()  # long before anything is printed
         assert started.stderr.read() == b""
-        assert started.wait() == 1
+        assert started.wait() in (0, 1)  # argparse leaves the error of a closed pipe out
 
 
 def test_the_first_line_of_a_run_comes_before_anything_heavy_is_imported() -> None:
