@@ -92,8 +92,9 @@ def estimate(options: argparse.Namespace) -> str:
         UserError: an option or key, or a layout or batch that this number of GPUs cannot have.
     """
     from cheapertraining.distributed.estimate import estimate_memory, plan_of_run, shape_of_model
-    from cheapertraining.distributed.parallelism import check_together, plan_layout
+    from cheapertraining.distributed.layout import plan_layout
     from cheapertraining.distributed.throughput import GPUS, estimate_speed
+    from cheapertraining.distributed.together import check_together
 
     if options.gpu not in GPUS:
         near = nearest(options.gpu, GPUS)
