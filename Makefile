@@ -33,7 +33,7 @@ train: sample  ## train on the sample; ARGS='optimizer.lr=1e-3 max_duration=100b
 	$(LAUNCH) train.py yamls/mixed_pretrain.yaml compose.data=data/sample/data.yaml $(ARGS)
 
 test: $(INSTALLED)  ## run all tests; ARGS='-k plan' chooses
-	$(TEST_ENV) $(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(TEST_ENV) $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(INSTALLED)  ## style, types, import arrows
 	$(BIN)/ruff check .

@@ -33,14 +33,11 @@ OPTIMIZERS = {"live": "sgd", "sampled": "adamw", "top_k": "sgd"}
 UNTIED = ("model.tie_embeddings=false",)
 RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "live-gpipe": ("live", "gpipe", UNTIED),
-    "live-1f1b": ("live", "1f1b", ()),
     "live-interleaved": ("live", "interleaved", (f"{_KEY}.teacher.placement=offloaded",)),
-    "sampled-gpipe": ("sampled", "gpipe", ()),
     "sampled-1f1b": ("sampled", "1f1b", ("parallelism.activation_checkpointing=true",)),
-    "sampled-interleaved": ("sampled", "interleaved", ()),
     "top_k-1f1b": ("top_k", "1f1b", ()),
 }
-"""Objective, schedule and overrides, by name."""
+"""Objective, schedule and overrides, by name; ``tools/bench/layouts.py --parity`` has more."""
 
 
 def objective(name: str, folder: Path, teacher: str) -> list[str]:
@@ -67,7 +64,7 @@ def work(rank: int, ranks: int, path: Path) -> None:
     for name, (learned, schedule, overrides) in RUNS.items():
         choice = (f"run_name={name}", f"parallelism.pp.schedule={schedule}", *overrides)
         run_once(config_of(path, "pp", *objective(learned, folder, "teacher"), *choice), OPTIMIZERS[learned], RAGGED)
-    for name in ("live-1f1b", "sampled-1f1b"):
+    for name in ("live-interleaved", "sampled-1f1b"):
         if rank == 0:
             resume_from(path, f"{name}-resumed", checkpoint_of(folder / "runs", name, SAVED_AT))
         dist.barrier()

@@ -41,11 +41,8 @@ OPTIMIZERS = {"sampled": "adamw", "average": "adamw"}
 """By objective; ``sgd`` elsewhere."""
 
 LAYOUTS = {2: "tp", 4: "fsdp2_tp"}
-RUNS: dict[int, dict[str, tuple[str, ...]]] = {
-    2: dict.fromkeys(OBJECTIVES, ()) | {"offloaded": (f"{_KEY}.teacher.placement=offloaded",)},
-    4: dict.fromkeys(("live", "top_k", "average"), ()),
-}
-"""By number of ranks: further overrides by objective, or by name (of the live teacher then)."""
+RUNS: dict[int, tuple[str, ...]] = {2: tuple(OBJECTIVES), 4: ("live",)}
+"""Objectives by number of ranks; ``tools/bench/layouts.py --parity`` has more."""
 
 
 def train(path: Path, layout: str, run_name: str, objective: str, *overrides: str) -> None:
@@ -94,11 +91,12 @@ def work(rank: int, ranks: int, path: Path) -> None:
     layout, runs = LAYOUTS[ranks], path.parent / "runs"
     if ranks == 2:
         (path.parent / f"gradients{rank}.json").write_text(json.dumps(gradients()))
-    for name, overrides in RUNS[ranks].items():
-        train(path, layout, f"{layout}-{name}", name if name in OBJECTIVES else "live", *overrides)
-    if rank == 0:
-        resume_from(path, f"{layout}-resumed", checkpoint_of(runs, "single-average", SAVED_AT))
-    dist.barrier()
-    train(path, layout, f"{layout}-resumed", "average", "autoresume=true")
+    for name in RUNS[ranks]:
+        train(path, layout, f"{layout}-{name}", name)
+    if ranks == 2:
+        if rank == 0:
+            resume_from(path, f"{layout}-resumed", checkpoint_of(runs, "single-average", SAVED_AT))
+        dist.barrier()
+        train(path, layout, f"{layout}-resumed", "average", "autoresume=true")
     dist.barrier()
     os._exit(0)  # not by way of the destructors, where gloo's threads may wait for the interpreter

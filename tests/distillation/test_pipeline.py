@@ -97,7 +97,7 @@ def test_it_logs_what_one_process_does(run: str, path: Path) -> None:
                 assert found[name] == pytest.approx(values, rel=TOLERANCE), name
 
 
-@pytest.mark.parametrize("run", ["live-1f1b", "sampled-1f1b"])
+@pytest.mark.parametrize("run", ["live-interleaved", "sampled-1f1b"])
 def test_resumed_it_goes_on_as_if_undisturbed(run: str, path: Path) -> None:
     assert _losses(path, f"{run}-resumed") == _losses(path, run)[SAVED_AT:]
 

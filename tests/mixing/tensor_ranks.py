@@ -14,14 +14,13 @@ from tools.bench._layouts import config_of, run_once
 RUNS = {
     # A larger step than by default: here the noise of differences is to be small, not their bias, which all share.
     "forward": ["strategy=grape", "influence.step_size=0.01"],
-    "adam": ["strategy=influence", "influence.step_size=0.01", "influence.metric=adam"],
     "microbatch": ["strategy=grape", "influence.scorer=microbatch"],
     "gradients": ["strategy=doge"],
     "probes": ["strategy=aioli"],
     "reference": ["strategy=doremi"],
 }
 """What is measured, and a strategy that needs it, as overrides."""
-LAYOUTS = {"tp": (2, tuple(RUNS)), "fsdp2_tp": (4, ("forward", "gradients"))}
+LAYOUTS = {"tp": (2, tuple(RUNS)), "fsdp2_tp": (4, ("forward",))}
 """Processes of a layout, and the runs under it."""
 
 

@@ -52,7 +52,7 @@ def test_decisions_and_losses_are_those_of_one_process(layout: str, name: str, r
     found, expected = metrics(runs, f"{layout}-{name}"), metrics(runs, f"single-{name}")
     assert found.keys() == expected.keys()
     moved = {value for key, values in expected.items() if key.startswith("mixture/weight/") for value in values}
-    assert len(moved) > 3 or name == "adam"  # The scores under Adam are too uncertain so early for a decision.
+    assert len(moved) > 3
     for key, values in expected.items():
         kind = key.rsplit("/", 1)[0]
         largest = max(abs(each) for other in expected if other.startswith(kind) for each in expected[other])
