@@ -18,14 +18,11 @@ from tests.distillation.pipeline_ranks import EVALUATED_AT, OPTIMIZERS, RUNS, SA
 from tests.distillation.tiny import TEACHER, save_teacher, write_cache
 from tests.distributed.ranks import checkpoint_of
 from tests.processes import run_on_ranks
-from tools.bench._layouts import RAGGED, config_of, losses_of, run_once, tiny_yaml
+from tools.bench._layouts import FOUR_LAYERS, RAGGED, config_of, losses_of, metrics_of, run_once, tiny_yaml
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
-FOUR_LAYERS = {
-    "hidden_size": 32, "intermediate_size": 64, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2,
-    "max_position_embeddings": 32, "init_std": 0.1,
-}  # fmt: skip
+MODEL = FOUR_LAYERS | {"num_kv_heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +38,7 @@ def path(tiny_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tiny_yaml(
         folder / "run.yaml",
         tiny_sample / "data.yaml",
-        model=FOUR_LAYERS,
+        model=MODEL,
         eval_loader={"batch_size": 4, "interval": f"{EVALUATED_AT}ba", "subset_num_batches": 2, "first": False},
     )
     for alone, run in {twin(run): run for run in RUNS}.items():
@@ -63,15 +60,6 @@ def _weights(path: Path, run: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _logged(path: Path, run: str, beginning: str) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    for line in (path.parent / "runs" / run / "metrics.jsonl").read_text().splitlines():
-        for name, value in json.loads(line).items():
-            if name.startswith(beginning):
-                found.setdefault(name, []).append(value)
-    return found
-
-
 @pytest.mark.parametrize("run", RUNS)
 def test_a_pipeline_learns_what_one_process_does(run: str, path: Path) -> None:
     """With packed rows, ragged masks, ramps, weights by source, clipping, and a mixture that changes."""
@@ -87,9 +75,12 @@ def test_a_pipeline_learns_what_one_process_does(run: str, path: Path) -> None:
 @pytest.mark.parametrize("run", RUNS)
 def test_it_logs_what_one_process_does(run: str, path: Path) -> None:
     """Each number once; the loss by source and evaluation are plain cross-entropy."""
-    assert all(0 < share < 1 for share in _logged(path, run, "distillation/overhead")["distillation/overhead"])
+    assert all(
+        0 < share < 1
+        for share in metrics_of(path.parent / "runs" / run, "distillation/overhead")["distillation/overhead"]
+    )
     for beginning, least in (("distillation/", 15), ("loss/train/", 4), ("metrics/", 4), ("gradient/norm", 1)):
-        found, wanted = (_logged(path, name, beginning) for name in (run, twin(run)))
+        found, wanted = (metrics_of(path.parent / "runs" / name, beginning) for name in (run, twin(run)))
         assert found.keys() == wanted.keys()
         assert len(wanted) >= least
         for name, values in wanted.items():
@@ -123,7 +114,7 @@ def test_a_teacher_that_does_not_fit_ends_all_ranks_with_the_same_words(path: Pa
     ],
 )
 def test_what_cannot_be_is_refused_at_start(choice: str, words: str, tiny_sample: Path, tmp_path: Path) -> None:
-    yaml = tiny_yaml(tmp_path / "run.yaml", tiny_sample / "data.yaml", model=FOUR_LAYERS)
+    yaml = tiny_yaml(tmp_path / "run.yaml", tiny_sample / "data.yaml", model=MODEL)
     key = "algorithms.distillation"
 
     def begin(*overrides: str) -> Any:

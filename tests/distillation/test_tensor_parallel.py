@@ -18,7 +18,7 @@ from tests.distillation.tensor_ranks import LAYOUTS, OBJECTIVES, RUNS, SAVED_AT,
 from tests.distillation.tiny import save_teacher, write_cache
 from tests.distributed.ranks import MODELS, checkpoint_of
 from tests.processes import run_on_ranks
-from tools.bench._layouts import Outcome, config_of, difference, outcome_of, resume_from, tiny_yaml
+from tools.bench._layouts import Outcome, config_of, difference, metrics_of, outcome_of, resume_from, tiny_yaml
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
@@ -52,15 +52,6 @@ def _outcome(path: Path, run: str) -> Outcome:
     return outcome_of(path.parent / f"{run}.pt")
 
 
-def _logged(path: Path, run: str, beginning: str) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    for line in (path.parent / "runs" / run / "metrics.jsonl").read_text().splitlines():
-        for name, value in json.loads(line).items():
-            if name.startswith(beginning):
-                found.setdefault(name, []).append(value)
-    return found
-
-
 @pytest.mark.parametrize(("layout", "name"), CUT)
 def test_a_cut_student_learns_what_a_whole_one_does(layout: str, name: str, path: Path) -> None:
     """With packed rows, accumulation, ragged masks, ramps, weights by source, clipping, a mixture that changes."""
@@ -75,7 +66,9 @@ def test_a_cut_student_learns_what_a_whole_one_does(layout: str, name: str, path
 def test_it_logs_what_one_process_does(layout: str, name: str, path: Path) -> None:
     """Each sample once: means over tokens, losses by source."""
     for beginning, least in (("distillation/", 12), ("loss/train/", 4)):
-        found, wanted = (_logged(path, run, beginning) for run in (f"{layout}-{name}", f"single-{name}"))
+        found, wanted = (
+            metrics_of(path.parent / "runs" / run, beginning) for run in (f"{layout}-{name}", f"single-{name}")
+        )
         assert found.keys() == wanted.keys()
         assert len(wanted) >= least
         for key, values in wanted.items():

@@ -12,7 +12,7 @@ import torch
 
 from tests.distributed.ranks import LAYOUTS, MEASURED, MODELS, RESUMED_TO, RING, SAVED_AT, SGD, STEPS, WAYS, work
 from tests.distributed.ranks import checkpoint_of as checkpoint_in
-from tools.bench._layouts import Outcome, config_of, difference, resume_from, run_once, spawn, tiny_yaml
+from tools.bench._layouts import Outcome, config_of, difference, metrics_of, resume_from, run_once, spawn, tiny_yaml
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
@@ -34,12 +34,7 @@ class Runs:
 
     def metrics(self, run: str) -> dict[str, list[float]]:
         """Every logged number of a measuring run, by name."""
-        found: dict[str, list[float]] = {}
-        file = self.measuring.parent / "runs" / run / "metrics.jsonl"
-        for line in file.read_text().splitlines():
-            for name, value in json.loads(line).items():
-                found.setdefault(name, []).append(value)
-        return found
+        return metrics_of(self.measuring.parent / "runs" / run)
 
 
 @pytest.fixture(scope="module")

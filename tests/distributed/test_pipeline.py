@@ -16,14 +16,11 @@ from cheapertraining.distributed.together import check_together
 from cheapertraining.errors import UserError
 from tests.distributed.pipeline_ranks import RESUMED_TO, RUNS, SAVED_AT, STEPS, UNTIED, twin, work
 from tests.distributed.ranks import checkpoint_of
-from tools.bench._layouts import config_of, losses_of, resume_from, run_once, spawn, tiny_yaml
+from tools.bench._layouts import FOUR_LAYERS, config_of, losses_of, resume_from, run_once, spawn, tiny_yaml
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
-FOUR_LAYERS = {
-    "hidden_size": 32, "intermediate_size": 64, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2,
-    "max_position_embeddings": 32, "init_std": 0.1,
-}  # fmt: skip
+MODEL = FOUR_LAYERS | {"num_kv_heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +30,7 @@ def path(tiny_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tiny_yaml(
         folder / "run.yaml",
         tiny_sample / "data.yaml",
-        model=FOUR_LAYERS,
+        model=MODEL,
         eval_loader={"batch_size": 4, "interval": "1000ba", "subset_num_batches": 2, "first": True},
     )
     steps = (f"max_duration={STEPS}ba", f"save_interval={SAVED_AT}ba")
@@ -129,7 +126,7 @@ def test_one_process_goes_on_from_what_a_pipeline_saved(run: str, path: Path) ->
 def test_what_cannot_be_is_refused_at_start(
     overrides: list[str], words: str, tiny_sample: Path, tmp_path: Path
 ) -> None:
-    yaml = tiny_yaml(tmp_path / "run.yaml", tiny_sample / "data.yaml", model=FOUR_LAYERS)
+    yaml = tiny_yaml(tmp_path / "run.yaml", tiny_sample / "data.yaml", model=MODEL)
 
     def begin() -> None:
         config = config_of(yaml, "pp", *overrides)

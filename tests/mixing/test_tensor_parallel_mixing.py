@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from tests.mixing.tensor_ranks import LAYOUTS, RUNS, measure, work
 from tests.processes import run_on_ranks
-from tools.bench._layouts import config_of, run_once, tiny_yaml
+from tools.bench._layouts import config_of, metrics_of, run_once, tiny_yaml
 
 pytestmark = pytest.mark.slow
 
@@ -35,14 +34,8 @@ def runs(tiny_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def metrics(runs: Path, run: str) -> dict[str, list[float]]:
     """Logged numbers of the mixture and losses, by name."""
-    found: dict[str, list[float]] = {}
-    for line in (runs / run / "metrics.jsonl").read_text().splitlines():
-        for name, value in json.loads(line).items():
-            if name.startswith(
-                ("mixture/weight/", "mixture/score", "mixture/probe_loss/", "mixture/gradient", "loss/")
-            ):
-                found.setdefault(name, []).append(value)
-    return found
+    kinds = ("weight/", "score", "probe_loss/", "gradient")
+    return metrics_of(runs / run, "loss/", *(f"mixture/{kind}" for kind in kinds))
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ __all__ = [
     "difference",
     "file_name",
     "losses_of",
+    "metrics_of",
     "name_of",
     "outcome_of",
     "quiet",
@@ -200,8 +201,17 @@ def file_name(words: str) -> str:
 
 def losses_of(folder: Path) -> list[float]:
     """The training losses that a run has logged, by step."""
-    lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
-    return [entry["loss/train/total"] for entry in lines if "loss/train/total" in entry]
+    return metrics_of(folder, "loss/train/total")["loss/train/total"]
+
+
+def metrics_of(folder: Path, *beginnings: str) -> dict[str, list[float]]:
+    """The numbers that a run has logged under names that begin so (without any: all), in their order."""
+    found: dict[str, list[float]] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        for name, value in json.loads(line).items():
+            if not beginnings or name.startswith(beginnings):
+                found.setdefault(name, []).append(value)
+    return found
 
 
 @contextlib.contextmanager
