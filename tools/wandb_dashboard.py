@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from cheapertraining.errors import UserError
+from cheapertraining.observe.credentials import has_wandb_key
 from cheapertraining.observe.vocabulary import GROUPS, VOCABULARY
 
 if TYPE_CHECKING:
@@ -162,6 +164,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _save(project: str, entity: str, wanted: Sequence[Panel]) -> str:
+    from cheapertraining.observe.wandb_log import key_trouble
+
+    if not has_wandb_key(os.environ):
+        raise UserError("no key for W&B was found. Get one with `wandb login`; --dry-run shows the panels without one.")
+    if (trouble := key_trouble(os.environ)) is not None:  # W&B's client would try for half a minute
+        raise UserError(f"{trouble.what}: {trouble.cure}. --dry-run shows the panels without a network.")
     try:
         import wandb
 

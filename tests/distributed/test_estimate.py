@@ -29,7 +29,7 @@ from tools.estimate import main
 LLAMA_70B = Shape(32000, 8192, 28672, 80, 64, 8, 128, False)
 
 PEAKS = {
-    "single, half": 0.01, "single, again": 0.01, "single, live teacher": 0.02, "ddp": 0.12, "fsdp2": 0.15, "tp": 0.2,
+    "single, half": 0.01, "single, live teacher": 0.02, "ddp": 0.12, "fsdp2": 0.15, "tp": 0.2,
     "1f1b": 0.1,
 }  # fmt: skip
 """Cases, and how far the predicted peak may be off. On gloo, buffers of messages come and go as they please."""

@@ -100,8 +100,6 @@ def test_one_process_goes_on_from_what_ranks_saved(source: str, runs: Runs) -> N
 @pytest.mark.parametrize("scorer", ["forward", "hook"])
 @pytest.mark.parametrize("layout", MEASURED)
 def test_influence_and_evaluation_are_those_of_one_process(layout: str, scorer: str, runs: Runs) -> None:
-    if (layout, scorer) == ("fsdp", "hook"):
-        pytest.skip("seen for FSDP1 in tests/influence/test_sharded.py")
     found, expected = runs.metrics(f"{layout}-{scorer}"), runs.metrics(f"alone-{scorer}")
     for name in ("heldout/code", "probe/code"):
         key = f"metrics/{name}/TokenCrossEntropy"

@@ -50,15 +50,16 @@ def test_wandbs_library_takes_the_panels() -> None:
     assert "metrics/heldout" in made._to_model().model_dump_json()
 
 
-def test_without_a_key_it_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("key", "message"), [("", "wandb login"), ("a" * 40, "gives no answer to go by")])
+def test_without_a_key_or_a_server_it_says_what_to_do(
+    key: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("wandb_workspaces")
+    monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     assert wandb_dashboard.main(["--project", "mine", "--entity", "team"]) == 2
-    assert "wandb login" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_the_sweep_asks_for_keys_that_a_run_has() -> None:
