@@ -1,4 +1,4 @@
-"""Distillation on this rank of several, as a script for the launcher: SAMPLE TEACHER CACHE OUTPUT, all folders."""
+"""Distillation on this rank of several, as a script: SAMPLE TEACHER CACHE OUTPUT, all folders."""
 
 from __future__ import annotations
 

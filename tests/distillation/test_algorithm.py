@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,6 +29,7 @@ from cheapertraining.training import train
 from tests.distillation.ranks import live
 from tests.distillation.tiny import SOURCES, fit, logged, save_teacher, trainer_of, write_cache
 from tests.observe.tiny_trainer import GLOBAL_BATCH, MODEL, tiny_loader
+from tests.processes import start
 from tools.bench._layouts import RaggedMasks
 
 Make = Callable[[MixtureLoader], Any]
@@ -253,11 +251,9 @@ def test_a_run_of_a_yaml_learns_from_a_cache(tiny_run: Path, cache: Path, teache
 @pytest.mark.slow
 def test_two_ranks(tiny_sample: Path, teacher: Path, cache: Path, tmp_path: Path) -> None:
     """DDP is one process; FSDP2 with a sharded teacher is DDP; resumed amid a changing mixture is undisturbed."""
-    script, root = Path(__file__).with_name("ranks.py"), str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", script, tiny_sample, teacher, cache, tmp_path]
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    script = Path(__file__).with_name("ranks.py")
+    started = start(script, *map(str, (tiny_sample, teacher, cache, tmp_path)), folder=tmp_path, ranks=2)
+    assert started.wait() == 0, started.output(name="err")
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     losses, weights = live(tiny_sample, teacher)

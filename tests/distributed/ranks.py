@@ -36,8 +36,8 @@ from tools.bench._layouts import config_of, resume_from, run_once
 
 LAYOUTS = ("ddp", "fsdp", "fsdp2", "hsdp", "tp")
 SGD = ("fsdp2", "tp")
-STEPS, SAVED_AT, RESUMED_TO = 8, 5, 7
-RING = {"fsdp": "ddp", "fsdp2": "fsdp", "hsdp": "fsdp2", "tp": "hsdp", "ddp": "tp"}
+STEPS, SAVED_AT, RESUMED_TO = 6, 4, 6
+RING = {"fsdp": "ddp", "fsdp2": "fsdp", "tp": "hsdp", "ddp": "tp"}
 """Who goes on from whose checkpoint."""
 MEASURED = ("fsdp2", "hsdp")
 """Layouts that influence is measured under, by forward passes and then by a backward pass; FSDP1 is seen in

@@ -12,7 +12,18 @@ import torch
 
 from tests.distributed.ranks import LAYOUTS, MEASURED, MODELS, RESUMED_TO, RING, SAVED_AT, SGD, STEPS, WAYS, work
 from tests.distributed.ranks import checkpoint_of as checkpoint_in
-from tools.bench._layouts import Outcome, config_of, difference, metrics_of, resume_from, run_once, spawn, tiny_yaml
+from tests.processes import run_on_ranks
+from tools.bench._layouts import (
+    Outcome,
+    config_of,
+    difference,
+    free_port,
+    metrics_of,
+    resume_from,
+    run_once,
+    start_rank,
+    tiny_yaml,
+)
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
@@ -40,12 +51,14 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tiny_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("layouts")
-    path = tiny_yaml(folder / "run.yaml", tiny_sample / "data.yaml")
+    loader = {"global_batch_size": 16, "device_microbatch_size": 4, "lag": 2}
+    path = tiny_yaml(folder / "run.yaml", tiny_sample / "data.yaml", train_loader=loader)
     (folder / "measuring").mkdir()
     measuring = tiny_yaml(
         folder / "measuring" / "run.yaml",
         tiny_sample / "data.yaml",
         max_duration="4ba",
+        train_loader=loader,
         eval_loader={"batch_size": 4, "interval": "1000ba", "first": True},
         algorithms={
             "online_mixing": {
@@ -65,7 +78,8 @@ def runs(tiny_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     for scorer in ("forward", "hook"):
         chosen = f"algorithms.online_mixing.influence.scorer={scorer}"
         run_once(config_of(measuring, "single", f"run_name=alone-{scorer}", chosen))
-    spawn(work, 2, path, measuring, folder)
+    # Not forked from here, where something has trained already.
+    run_on_ranks(start_rank, free_port(), work, (path, measuring, folder))
     return Runs(path, measuring, folder, alone, json.loads((folder / "found.json").read_text()))
 
 

@@ -16,7 +16,17 @@ from cheapertraining.distributed.together import check_together
 from cheapertraining.errors import UserError
 from tests.distributed.pipeline_ranks import RESUMED_TO, RUNS, SAVED_AT, STEPS, UNTIED, twin, work
 from tests.distributed.ranks import checkpoint_of
-from tools.bench._layouts import FOUR_LAYERS, config_of, losses_of, resume_from, run_once, spawn, tiny_yaml
+from tests.processes import run_on_ranks
+from tools.bench._layouts import (
+    FOUR_LAYERS,
+    config_of,
+    free_port,
+    losses_of,
+    resume_from,
+    run_once,
+    start_rank,
+    tiny_yaml,
+)
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
@@ -31,6 +41,7 @@ def path(tiny_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "run.yaml",
         tiny_sample / "data.yaml",
         model=MODEL,
+        train_loader={"global_batch_size": 16, "device_microbatch_size": 4, "lag": 2},
         eval_loader={"batch_size": 4, "interval": "1000ba", "subset_num_batches": 2, "first": True},
     )
     steps = (f"max_duration={STEPS}ba", f"save_interval={SAVED_AT}ba")
@@ -39,7 +50,7 @@ def path(tiny_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_once(config_of(path, "single", f"run_name={twin(run)}", *steps, *shape), optimizer)
     shards = (f"max_duration={SAVED_AT}ba", "run_name=shards", "parallelism.state_dict_type=sharded")
     run_once(config_of(path, "single", *shards))
-    spawn(work, 2, path)
+    run_on_ranks(start_rank, free_port(), work, (path,))  # not forked from here, where something has trained already
     return path
 
 

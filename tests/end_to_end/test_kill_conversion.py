@@ -14,7 +14,7 @@ from tests.end_to_end.kill_conversion import differences, disturb, finish, start
 
 @pytest.mark.slow
 def test_kills_change_no_byte(tmp_path: Path) -> None:
-    write_input(tmp_path, megabytes=12.0)
+    write_input(tmp_path, megabytes=6.0)
     finish(start(tmp_path, "undisturbed"))
     kills, outs = disturb(tmp_path, 3, seed=1)
     assert len(kills) == 3

@@ -38,6 +38,7 @@ __all__ = [
     "config_of",
     "difference",
     "file_name",
+    "free_port",
     "losses_of",
     "metrics_of",
     "name_of",
@@ -46,6 +47,7 @@ __all__ = [
     "resume_from",
     "run_once",
     "spawn",
+    "start_rank",
     "tiny_yaml",
 ]
 
@@ -129,7 +131,7 @@ def tiny_yaml(path: Path, data: Path, **changes: Any) -> Path:
     """
     points = [
         {"batch": 0, "weights": {"code": 1, "docs": 1, "topics": 1}},
-        {"batch": 4, "weights": {"code": 6, "docs": 1, "topics": 1}},
+        {"batch": 2, "weights": {"code": 6, "docs": 1, "topics": 1}},
         {"batch": 12, "weights": {"code": 1, "docs": 1, "topics": 6}},
     ]
     run: dict[str, Any] = {
@@ -221,20 +223,17 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def spawn(
-    work: Callable[..., None], world: int, *arguments: Any, method: str = "spawn", join: bool = True
-) -> mp.ProcessContext | None:
-    """Call ``work(*arguments)`` on ``world`` processes of one gloo group, and wait for them.
+def spawn(work: Callable[..., None], world: int, *arguments: Any, join: bool = True) -> mp.ProcessContext | None:
+    """Call ``work(*arguments)`` on ``world`` processes of one gloo group, forked from this one, and wait for them.
 
     Args:
         work: a function of a module.
         world: number of processes.
         arguments: for ``work``.
-        method: of starting; ``fork`` saves the imports, where this process has not trained anything itself.
         join: False returns the processes at once.
     """
     args = (world, free_port(), work, arguments)
-    return mp.start_processes(_start, args=args, nprocs=world, start_method=method, join=join)  # type: ignore[no-untyped-call]
+    return mp.start_processes(start_rank, args=args, nprocs=world, start_method="fork", join=join)  # type: ignore[no-untyped-call]
 
 
 def free_port() -> int:
@@ -244,7 +243,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _start(rank: int, world: int, port: int, work: Callable[..., None], arguments: Sequence[Any]) -> None:
+def start_rank(rank: int, world: int, port: int, work: Callable[..., None], arguments: Sequence[Any]) -> None:
+    """Call ``work(*arguments)`` on a rank of a gloo group that meets at a port, in a process of its own."""
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(world),

@@ -49,10 +49,10 @@ def report_cost(path: Path, folder: Path) -> None:
     """Print both tables. Each layout has processes of its own, since memory that was freed may stay with a process."""
     layouts, savers = {}, {}
     for name, (layout, overrides) in LAYOUTS.items():
-        _layouts.spawn(measure_layout, WORLD, path, layout, overrides, folder, method="fork")
+        _layouts.spawn(measure_layout, WORLD, path, layout, overrides, folder)
         layouts[name] = json.loads((folder / "cost.json").read_text())
     for name, overrides in SAVERS.items():
-        _layouts.spawn(measure_saver, WORLD, path, overrides, folder, method="fork")
+        _layouts.spawn(measure_saver, WORLD, path, overrides, folder)
         savers[name] = json.loads((folder / "cost.json").read_text())
     base = layouts["ddp"]
     print("\n| layout | peak MiB of a rank | x DDP | CPU-seconds of a step, all ranks | x DDP |")

@@ -34,14 +34,14 @@ def report_kills(path: Path, folder: Path, kills: int) -> None:
     """Print what each kill met, and how far the run's losses are from those of the same run left in peace."""
     rng = np.random.default_rng(0)
     steps = f"max_duration={(SAVES_BETWEEN + 1) * kills}ba"
-    _layouts.spawn(train_on, 1, path, "single", ["run_name=peace", steps, "save_interval=1000ba"], method="fork")
+    _layouts.spawn(train_on, 1, path, "single", ["run_name=peace", steps, "save_interval=1000ba"])
     run = path.parent / "runs" / "killed"
     print("\n| kill | way | latest checkpoint | left half-written |\n| --- | --- | --- | --- |")
     for number in range(kills):
         way = list(WAYS)[number % len(WAYS)]
         layout, overrides = WAYS[way]
         choice = ["run_name=killed", steps, *overrides]
-        ranks = _layouts.spawn(train_on, WORLD, path, layout, choice, method="fork", join=False)
+        ranks = _layouts.spawn(train_on, WORLD, path, layout, choice, join=False)
         _kill_in_a_save(
             ranks, run / "checkpoints", int(rng.integers(1, SAVES_BETWEEN + 1)), float(rng.uniform(0, 0.02))
         )
@@ -50,7 +50,7 @@ def report_kills(path: Path, folder: Path, kills: int) -> None:
         checkpoint_kind(latest)  # raises where something is missing
         left = [each.name for each in (run / "checkpoints").glob(".unfinished-*")]
         print(f"| {number} | {way} | {latest.name} | {', '.join(left) or '-'} |", flush=True)
-    _layouts.spawn(train_on, WORLD, path, "fsdp2", ["run_name=killed", steps], method="fork")
+    _layouts.spawn(train_on, WORLD, path, "fsdp2", ["run_name=killed", steps])
     peace, killed = losses_of(path.parent / "runs" / "peace"), losses_of(run)
     assert len(peace) == len(killed)
     error = max(abs(a - b) / b for a, b in zip(killed, peace, strict=True))

@@ -124,7 +124,7 @@ def report_parity(path: Path, folder: Path) -> None:
     chosen = cases(list(objectives))
     print("\n| layout | objective | losses, AdamW / SGD | final weights, AdamW / SGD |\n| --- | --- | --- | --- |")
     for world, some in chosen.items():
-        _layouts.spawn(train_all, world, path, some, objectives, folder, method="fork")
+        _layouts.spawn(train_all, world, path, some, objectives, folder)
         if world == 1:
             continue
         for case in some:

@@ -76,14 +76,14 @@ def undisturbed(path: Path, results: Path) -> None:
 
 def report_checkpoints(path: Path, folder: Path) -> None:
     """Print the largest relative difference of the losses after resuming, from each layout in each."""
-    _layouts.spawn(undisturbed, 1, path, folder, method="fork")
+    _layouts.spawn(undisturbed, 1, path, folder)
     after = outcome_of(folder / "peace.pt").losses[SAVED_AT:]
     for world, layouts in LAYOUTS.items():
-        _layouts.spawn(save_all, world, path, layouts, method="fork")
+        _layouts.spawn(save_all, world, path, layouts)
     columns = [name_of(*source) for source in EVERY]
     print(f"\n| resumed as \\ saved as | {' | '.join(columns)} |\n| --- |{' --- |' * len(columns)}", flush=True)
     for world, layouts in LAYOUTS.items():
-        _layouts.spawn(resume_all, world, path, layouts, folder, method="fork")
+        _layouts.spawn(resume_all, world, path, layouts, folder)
         for layout in layouts:
             row = name_of(layout, world)
             found = [outcome_of(folder / file_name(f"{row}-from-{column}.pt")).losses for column in columns]

@@ -57,7 +57,7 @@ def report_memory(names: Sequence[str], folder: Path) -> None:
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
     for name in names or CASES:
         ranks, layout, overrides = CASES[name]
-        _layouts.spawn(_work, ranks, layout, overrides, folder, method="fork")
+        _layouts.spawn(_work, ranks, layout, overrides, folder)
         config = config_of_case(layout, ranks, *overrides)
         found: list[dict[str, float]] = json.loads((folder / "found.json").read_text())
         pairs = list(zip(predicted(config, ranks), found, strict=True))
