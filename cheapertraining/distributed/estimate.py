@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -246,8 +246,6 @@ def _with_distillation(plan: Plan, config: RunConfig, shape: Shape, teacher: Sha
     settings = config.algorithms.distillation
     if settings is None:
         return plan
-    from dataclasses import replace
-
     chunk = max(CHUNK_TOKENS, CHUNK_LOGITS[on_gpu] // shape.vocabulary)
     block = max(1, BLOCK_LOGITS[on_gpu] // shape.vocabulary)
     live = settings.cache is None
